@@ -1,0 +1,25 @@
+"""Fixtures shared by all tests."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def find_reference_data() -> Path | None:
+    """The folder of real recordings, published weights and scores, or None where it is absent."""
+    named = os.environ.get("DEEPFAKE_REFERENCE_DATA")
+    candidates = [Path(named)] if named else []
+    candidates.append(REPOSITORY.parent / "shared" / "data")
+    return next((folder for folder in candidates if (folder / "MANIFEST.md").is_file()), None)
+
+
+@pytest.fixture(scope="session")
+def reference_data() -> Path:
+    """Skip the test, saying why, where the reference recordings and weights are absent."""
+    folder = find_reference_data()
+    if folder is None:
+        pytest.skip("reference data absent: set DEEPFAKE_REFERENCE_DATA to the folder that holds MANIFEST.md")
+    return folder
