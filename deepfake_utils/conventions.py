@@ -69,13 +69,8 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
         yield part
         with part.open("rb") as written:
             os.fsync(written.fileno())
-        part.chmod(0o666 & ~_umask())
+        part.chmod(0o644)  # mkstemp makes files private; results are meant to be read
         part.replace(target)
     finally:
         part.unlink(missing_ok=True)
 
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
