@@ -1,0 +1,1 @@
+"""Front ends: from waveforms to the time-frequency maps that models look at."""

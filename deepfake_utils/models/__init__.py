@@ -1,0 +1,44 @@
+"""The countermeasures by name: a dictionary and a lookup."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import nn
+
+from deepfake_utils.conventions import ConfigError
+
+# name -> (class, its configuration). A variant is another configuration, not another class.
+MODELS: dict[str, tuple[type[nn.Module], object]] = {}
+
+
+def build_model(name: str, *, generator: torch.Generator | None = None, **overrides) -> nn.Module:
+    """Build a countermeasure with fresh weights.
+
+    Args:
+        name: one of `MODELS`.
+        generator: source of the initial weights, on the CPU; the same state gives the same weights and the
+            global random state is left alone. None draws from torch's global generator.
+        **overrides: fields of the model's configuration to change, such as `temperatures=(1., 1., 50., 50.)`.
+
+    Returns:
+        The model in training mode, on the CPU, with its configuration as `.config`.
+
+    Raises:
+        ConfigError: unknown name or field, or a configuration the model refuses.
+    """
+    if name not in MODELS:
+        raise ConfigError(f"unknown model {name!r}: expected one of {', '.join(MODELS)}")
+    model_class, config = MODELS[name]
+    known = [field.name for field in dataclasses.fields(config)]
+    unknown = sorted(set(overrides) - set(known))
+    if unknown:
+        raise ConfigError(f"{name} has no setting {', '.join(unknown)}: its settings are {', '.join(known)}")
+    config = dataclasses.replace(config, **overrides)
+    if generator is None:
+        return model_class(config)
+    seed = int(torch.randint(2**62, (), generator=generator))
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which would also reseed every GPU
+        return model_class(config)
