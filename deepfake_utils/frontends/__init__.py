@@ -1,1 +1,5 @@
 """Front ends: from waveforms to the time-frequency maps that models look at."""
+
+from deepfake_utils.frontends.sinc import SincFilters, draw_band_mask
+
+__all__ = ["SincFilters", "draw_band_mask"]

@@ -1,0 +1,144 @@
+"""A bank of band-pass filters applied to the waveform: fixed, or with cut-offs that training moves.
+
+Sources: Ravanelli and Bengio, "Speaker Recognition from Raw Waveform with SincNet", arXiv 1808.00158 (the
+cut-off parametrisation); Tak et al., "End-to-End anti-spoofing with RawNet2", arXiv 2011.01108 (fixed banks
+with mel, inverse-mel or linear spacing).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deepfake_utils.conventions import SAMPLE_RATE_HZ, ConfigError
+
+SPACINGS = ("mel", "inverse-mel", "linear")
+
+
+def band_edges_hz(n_filters: int, spacing: str) -> Tensor:
+    """The n_filters + 1 edges between adjoining bands, from 0 Hz to half the sample rate, in double precision.
+
+    >>> band_edges_hz(4, "linear").tolist()
+    [0.0, 2000.0, 4000.0, 6000.0, 8000.0]
+    """
+    nyquist_hz = SAMPLE_RATE_HZ / 2
+    steps = torch.linspace(0, 1, n_filters + 1, dtype=torch.float64)
+    if spacing == "linear":
+        return nyquist_hz * steps
+    if spacing not in SPACINGS:
+        raise ConfigError(f"unknown filter spacing {spacing!r}: expected one of {', '.join(SPACINGS)}")
+    mel = 2595 * math.log10(1 + nyquist_hz / 700) * steps
+    edges = 700 * (10 ** (mel / 2595) - 1)
+    return edges if spacing == "mel" else (nyquist_hz - edges).flip(0)
+
+
+def band_pass_filters(low_hz: Tensor, high_hz: Tensor, kernel_size: int) -> Tensor:
+    """Impulse responses of ideal band-pass filters under a Hamming window.
+
+    h[n] = (2 f_high sinc(2 f_high n) - 2 f_low sinc(2 f_low n)) w[n], with f in cycles a sample and n centred
+    on 0 (arXiv 1808.00158, equations 4 to 6).
+
+    Args:
+        low_hz: (n_filters,) lower cut-offs.
+        high_hz: (n_filters,) upper cut-offs.
+        kernel_size: taps of a filter, odd.
+
+    Returns:
+        (n_filters, kernel_size) filters in the precision of the cut-offs.
+    """
+    like = {"dtype": low_hz.dtype, "device": low_hz.device}
+    n = torch.arange(-(kernel_size // 2), kernel_size // 2 + 1, **like)
+    window = torch.hamming_window(kernel_size, periodic=False, **like)
+
+    def low_pass(cutoff_hz: Tensor) -> Tensor:
+        width = 2 * cutoff_hz[:, None] / SAMPLE_RATE_HZ
+        return width * torch.sinc(width * n)
+
+    return (low_pass(high_hz) - low_pass(low_hz)) * window
+
+
+def draw_band_mask(n_bands: int, generator: torch.Generator, *, max_width: int = 20) -> Tensor:
+    """Draw the frequency mask of the AASIST recipe: one run of bands, up to max_width - 1 wide, set to zero.
+
+    Returns:
+        (n_bands,) float mask of 0 and 1, for the `band_mask` of AASIST and RawNet2.
+    """
+    width = int(torch.randint(min(max_width, n_bands), (), generator=generator))
+    start = int(torch.randint(n_bands - width + 1, (), generator=generator))
+    mask = torch.ones(n_bands)
+    mask[start : start + width] = 0
+    return mask
+
+
+class SincFilters(nn.Module):
+    """A bank of adjoining band-pass filters that covers 0 Hz to half the sample rate.
+
+    A fixed bank has no parameters and stays out of the state dict, as in the published checkpoints. A
+    learnable one starts as the same filters; its parameters are each band's lower cut-off and width in kHz,
+    so that a step of Adam at 1e-4 moves a cut-off by a tenth of a hertz.
+
+    Args:
+        n_filters: bands.
+        kernel_size: taps of a filter, odd so that it is symmetric about a sample.
+        spacing: mel (narrow bands at low frequencies), inverse-mel (narrow at high ones), or linear.
+        learnable: whether training moves the cut-offs.
+    """
+
+    def __init__(self, n_filters: int, kernel_size: int, spacing: str = "mel", learnable: bool = False):
+        super().__init__()
+        if kernel_size % 2 == 0 or kernel_size < 3:
+            raise ConfigError(f"sinc kernel of {kernel_size} taps: expected an odd number from 3 up")
+        self.n_filters, self.kernel_size = n_filters, kernel_size
+        self.spacing, self.learnable = spacing, learnable
+        edges = band_edges_hz(n_filters, spacing)
+        low_hz, high_hz = edges[:-1], edges[1:]
+        if learnable:
+            self.low_khz = nn.Parameter((low_hz / 1000).float())
+            self.width_khz = nn.Parameter(((high_hz - low_hz) / 1000).float())
+        else:
+            fixed = band_pass_filters(low_hz, high_hz, kernel_size).float()
+            self.register_buffer("fixed_filters", fixed, persistent=False)
+
+    def cutoffs_hz(self) -> tuple[Tensor, Tensor]:
+        """Lower and upper cut-off of every band, each (n_filters,), between 0 and half the sample rate."""
+        nyquist_hz = SAMPLE_RATE_HZ / 2
+        if not self.learnable:
+            edges = band_edges_hz(self.n_filters, self.spacing)
+            return edges[:-1], edges[1:]
+        low_hz = (1000 * self.low_khz.abs()).clamp(max=nyquist_hz)
+        return low_hz, (low_hz + 1000 * self.width_khz.abs()).clamp(max=nyquist_hz)
+
+    def filters(self) -> Tensor:
+        """The impulse responses as they stand, (n_filters, kernel_size) in float32."""
+        if not self.learnable:
+            return self.fixed_filters
+        with torch.autocast(self.low_khz.device.type, enabled=False):
+            return band_pass_filters(*self.cutoffs_hz(), self.kernel_size)
+
+    def frequency_response(self, n_points: int = 512) -> tuple[Tensor, Tensor]:
+        """Magnitude of every filter on a grid of frequencies, for drawing.
+
+        Returns:
+            frequencies (n_points,) in Hz from 0 to half the sample rate, and magnitudes (n_filters, n_points);
+            1 is unchanged.
+        """
+        frequencies_hz = torch.linspace(0, SAMPLE_RATE_HZ / 2, n_points, dtype=torch.float64)
+        taps = self.filters().detach().double().cpu()
+        n = torch.arange(self.kernel_size, dtype=torch.float64)
+        waves = torch.exp(-2j * math.pi * frequencies_hz[:, None] * n / SAMPLE_RATE_HZ)
+        return frequencies_hz.float(), (taps.to(waves.dtype) @ waves.T).abs().float()
+
+    def forward(self, waveform: Tensor, band_mask: Tensor | None = None) -> Tensor:
+        """Filter (B, T) waveforms into (B, n_filters, T - kernel_size + 1) bands, in float32.
+
+        `band_mask` multiplies the bands: (n_filters,) for the whole batch or (B, n_filters) for each waveform.
+        """
+        with torch.autocast(waveform.device.type, enabled=False):  # the bands of quiet speech are small
+            bands = F.conv1d(waveform.float()[:, None], self.filters()[:, None])
+        return bands if band_mask is None else bands * band_mask.to(bands)[..., None]
+
+    def extra_repr(self) -> str:
+        return f"{self.n_filters}, kernel_size={self.kernel_size}, spacing={self.spacing}, learnable={self.learnable}"
