@@ -1,0 +1,30 @@
+"""Train, score and understand detectors of AI-generated speech.
+
+The names below are the stable surface; they are imported on first use, so that the metrics can be used
+without loading torch.
+"""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "find_corpora": "deepfake_utils.corpora",
+    "load_model": "deepfake_utils.checkpoint",
+    "score_files": "deepfake_utils.scoring",
+    "score_protocol": "deepfake_utils.scoring",
+    "fit": "deepfake_utils.training",
+    "TrainingConfig": "deepfake_utils.config",
+    "evaluate": "deepfake_utils.evaluation",
+}
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"deepfake_utils has no {name!r}: its names are {', '.join(__all__)}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -12,7 +12,7 @@ import psutil
 import torch
 from torch import nn
 
-from .conventions import ConfigError
+from deepfake_utils.conventions import ConfigError
 
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 
