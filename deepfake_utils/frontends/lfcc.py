@@ -1,0 +1,190 @@
+"""Cepstral and spectral front ends: LFCC as ASVspoof defines them, and the log power spectrogram.
+
+LFCC here are those of the ASVspoof 2019 baseline (Sahidullah, Kinnunen and Hanilci, "A comparison of features
+for synthetic speech detection", Interspeech 2015), which LFCC-LCNN (arXiv 2103.11326) and LFCC-ResNet18
+(arXiv 2010.13995) use:
+
+    waveform -> pre-emphasis y[n] = x[n] - 0.97 x[n-1], y[0] = x[0]
+             -> frames of 20 ms every 10 ms, without padding, times a periodic Hamming window
+             -> power spectrum of a 512-point FFT
+             -> 20 triangular filters spaced linearly over 0 .. 8 kHz
+             -> log10(. + 1.19e-7)
+             -> orthonormal DCT-II, coefficients 0 .. 19
+             -> delta[t] = c[t+1] - c[t-1] and, by the same formula, delta-delta; ends repeated
+
+Published systems differ in two choices, made here as follows: the floor inside the logarithm is that of single
+precision (the MATLAB baseline has 2.2e-16, which turns digital silence into an outlier that gives away processed
+files), and coefficient 0 is kept (one LCNN recipe replaces it by the log energy). The Hamming window is periodic,
+torch's default, where MATLAB's is symmetric. `torchaudio.transforms.LFCC` is something else: its decibel floor
+depends on the loudest frame of the clip, and it has neither pre-emphasis nor deltas.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deepfake_utils.conventions import SAMPLE_RATE_HZ, AudioError, ConfigError
+
+LOG_FLOOR = torch.finfo(torch.float32).eps
+
+
+@dataclass(frozen=True)
+class LfccConfig:
+    """Settings of the LFCC front end; the defaults are ASVspoof 2019's."""
+
+    window_samples: int = 320  # 20 ms
+    hop_samples: int = 160  # 10 ms
+    n_fft: int = 512
+    n_filters: int = 20  # triangles over 0 .. 8 kHz
+    n_coefficients: int = 20  # kept of the DCT; the features are three times as many
+    pre_emphasis: float = 0.97  # 0 is none
+
+
+# ASVspoof 2021's baseline: finer in frequency, coarser in time, no pre-emphasis, 70 filters.
+# (It keeps 19 coefficients and, for the telephone track, 0 .. 4 kHz; here 20 over the whole band.)
+LFCC_HIGH_RESOLUTION = LfccConfig(480, 240, 1024, n_filters=70, pre_emphasis=0.0)
+
+
+class PowerSpectrum(nn.Module):
+    """Short-time power spectrum, frames without padding, in single precision whatever the autocast.
+
+    Powers of speech span ten orders of magnitude, so half precision would lose the quiet bands.
+
+    Args:
+        config: its window, hop, FFT points and pre-emphasis are used; the window is a periodic Hamming one.
+
+    Raises:
+        ConfigError: settings out of range.
+    """
+
+    def __init__(self, config: LfccConfig):
+        super().__init__()
+        self.window_samples, self.hop_samples = config.window_samples, config.hop_samples
+        self.n_fft, self.pre_emphasis = config.n_fft, config.pre_emphasis
+        if not 1 <= self.hop_samples <= self.window_samples <= self.n_fft or not 0 <= self.pre_emphasis <= 1:
+            raise ConfigError(
+                "spectral front end: expected 1 <= hop <= window <= n_fft and pre-emphasis in 0 .. 1, got hop "
+                f"{self.hop_samples}, window {self.window_samples}, n_fft {self.n_fft}, pre-emphasis "
+                f"{self.pre_emphasis}"
+            )
+        self.n_bins = self.n_fft // 2 + 1
+        self.register_buffer("window", torch.hamming_window(self.window_samples), persistent=False)
+
+    def n_frames(self, n_samples: int) -> int:
+        """Frames in a clip of `n_samples`; 0 when it is shorter than one window."""
+        return max(0, 1 + (n_samples - self.window_samples) // self.hop_samples)
+
+    def n_samples(self, n_frames: int) -> int:
+        """The fewest samples that give `n_frames` frames."""
+        return self.window_samples + (n_frames - 1) * self.hop_samples
+
+    def forward(self, waveform: Tensor) -> Tensor:
+        """(B, T) waveforms to (B, frames, n_fft // 2 + 1) powers, float32; AudioError below one window."""
+        if waveform.shape[-1] < self.window_samples:
+            raise AudioError(
+                f"a waveform of {waveform.shape[-1]} samples is shorter than one analysis window of "
+                f"{self.window_samples}: repeat or pad it first"
+            )
+        waveform = waveform.float()
+        if self.pre_emphasis:
+            waveform = waveform - self.pre_emphasis * F.pad(waveform[:, :-1], (1, 0))
+        if torch.onnx.is_in_onnx_export():
+            return self._power_by_convolution(waveform)
+        frames = waveform.unfold(-1, self.window_samples, self.hop_samples) * self.window
+        spectrum = torch.view_as_real(torch.fft.rfft(frames, n=self.n_fft))
+        return spectrum.square().sum(-1)
+
+    def _power_by_convolution(self, waveform: Tensor) -> Tensor:
+        """The same with a real cosine and sine bank: ONNX knows no complex numbers."""
+        turns = torch.outer(torch.arange(self.n_bins), torch.arange(self.window_samples)) % self.n_fft
+        angle = 2 * math.pi / self.n_fft * turns
+        bank = (torch.cat([angle.cos(), angle.sin()]) * self.window.cpu()).unsqueeze(1).to(waveform)
+        cosine, sine = F.conv1d(waveform.unsqueeze(1), bank, stride=self.hop_samples).chunk(2, dim=1)
+        return (cosine.square() + sine.square()).transpose(1, 2)
+
+
+class Lfcc(nn.Module):
+    """Linear-frequency cepstral coefficients with deltas and delta-deltas, as the module's docstring says.
+
+    Args:
+        config: settings; default ASVspoof 2019's 60 features.
+
+    >>> Lfcc()(torch.zeros(2, 64_600)).shape
+    torch.Size([2, 60, 402])
+    """
+
+    def __init__(self, config: LfccConfig = LfccConfig()):  # noqa: B008 - frozen
+        super().__init__()
+        if not 1 <= config.n_coefficients <= config.n_filters:
+            raise ConfigError(
+                f"LFCC: {config.n_coefficients} coefficients cannot come from {config.n_filters} filters: "
+                f"expected 1 .. {config.n_filters}"
+            )
+        from torchaudio.functional import create_dct, linear_fbanks  # not on import: it may not load
+
+        self.config = config
+        self.power = PowerSpectrum(config)
+        self.n_features = 3 * config.n_coefficients
+        filters = linear_fbanks(self.power.n_bins, 0.0, SAMPLE_RATE_HZ / 2, config.n_filters, SAMPLE_RATE_HZ)
+        self.register_buffer("filters", filters, persistent=False)  # (bins, filters)
+        dct = create_dct(config.n_coefficients, config.n_filters, norm="ortho")
+        self.register_buffer("dct", dct, persistent=False)  # (filters, coefficients)
+
+    def forward(self, waveform: Tensor) -> Tensor:
+        """(B, T) waveforms to (B, 3 * n_coefficients, frames): static, delta, delta-delta; float32."""
+        with torch.autocast(waveform.device.type, enabled=False):
+            static = torch.log10(self.power(waveform) @ self.filters + LOG_FLOOR) @ self.dct
+            static = static.transpose(1, 2)
+            delta = _delta(static)
+            return torch.cat([static, delta, _delta(delta)], dim=1)
+
+
+class LogSpectrogram(nn.Module):
+    """Log power spectrogram: the same frames and floor as LFCC, no filter bank, no cepstrum.
+
+    Args:
+        config: its window, hop, FFT points and pre-emphasis are used; default none of the latter.
+
+    >>> LogSpectrogram()(torch.zeros(2, 64_600)).shape
+    torch.Size([2, 257, 402])
+    """
+
+    def __init__(self, config: LfccConfig = LfccConfig(pre_emphasis=0.0)):  # noqa: B008 - frozen
+        super().__init__()
+        self.config = config
+        self.power = PowerSpectrum(config)
+        self.n_features = self.power.n_bins
+
+    def forward(self, waveform: Tensor) -> Tensor:
+        """(B, T) waveforms to (B, n_fft // 2 + 1, frames), log10 of power; float32."""
+        with torch.autocast(waveform.device.type, enabled=False):
+            return torch.log10(self.power(waveform) + LOG_FLOOR).transpose(1, 2)
+
+
+def _delta(features: Tensor) -> Tensor:
+    """Difference of the next and the previous frame of (B, features, frames), the end frames repeated."""
+    padded = F.pad(features, (1, 1), mode="replicate")
+    return padded[..., 2:] - padded[..., :-2]
+
+
+FRONT_ENDS = {
+    "lfcc": lambda: Lfcc(),
+    "lfcc-high-resolution": lambda: Lfcc(LFCC_HIGH_RESOLUTION),
+    "log-spectrogram": lambda: LogSpectrogram(),
+}
+
+
+def build_front_end(name: str) -> Lfcc | LogSpectrogram:
+    """The front end called `name`, one of `FRONT_ENDS`; ConfigError for another name.
+
+    >>> build_front_end("log-spectrogram").n_features
+    257
+    """
+    if name not in FRONT_ENDS:
+        raise ConfigError(f"unknown front end {name!r}: expected one of {', '.join(FRONT_ENDS)}")
+    return FRONT_ENDS[name]()
