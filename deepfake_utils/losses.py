@@ -48,6 +48,10 @@ class WeightedCrossEntropy(nn.Module):
         weight = torch.stack([1 - target, target], dim=1).float() * self.class_weights
         return -(weight * F.log_softmax(logits.float(), dim=1)).sum() / weight.sum()
 
+    def mass(self, target: Tensor) -> Tensor:
+        """What the loss of this batch is divided by: parts of a batch are joined in proportion to it."""
+        return ((1 - target) * self.class_weights[0] + target * self.class_weights[1]).sum()
+
 
 class OneClassSoftmax(nn.Module):
     """Pull bona fide embeddings towards one direction, keep all others away from it.
@@ -94,6 +98,10 @@ class OneClassSoftmax(nn.Module):
         spoof = F.softplus(self.scale * (cosine - self.margin_spoof))
         return (target * bonafide + (1 - target) * spoof).mean()
 
+    def mass(self, target: Tensor) -> Tensor:
+        """The number of examples: parts of a batch are joined in proportion to it."""
+        return torch.ones_like(target).sum()
+
     def logits(self, embedding: Tensor) -> Tensor:
         """(B, D) to (B, 2): minus the cosine and the cosine, so logit 1 is the paper's score."""
         cosine = _cosine(embedding, self.direction)
@@ -122,6 +130,10 @@ class P2SGrad(nn.Module):
         """Logits (ignored), embedding (B, D), target (B,) in 0 .. 1; a scalar in float32."""
         shares = torch.stack([1 - target, target], dim=1).float()
         return F.mse_loss(_cosine(embedding, self.directions), shares)
+
+    def mass(self, target: Tensor) -> Tensor:
+        """The number of examples: parts of a batch are joined in proportion to it."""
+        return torch.ones_like(target).sum()
 
     def logits(self, embedding: Tensor) -> Tensor:
         """(B, D) to (B, 2): the cosines to the spoof and the bona fide direction."""

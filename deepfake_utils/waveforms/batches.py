@@ -98,6 +98,7 @@ def train_batches(
     drop_last: bool = True,
     augment: Augmentation | None = None,
     weights=None,
+    shard: tuple[int, int] = (0, 1),
     prefetch: int | None = None,
 ) -> Batches:
     """Shuffled batches of random crops for one epoch.
@@ -114,6 +115,7 @@ def train_batches(
         augment: callable (waveform (B, T), target (B,), generator on `device`) -> (waveform, target).
         weights: (N,) how often a row is drawn, relative to the others (with replacement; see
             `balanced_weights`). None draws every row once.
+        shard: (rank, size) of a data-parallel process: it gets every size-th row of each batch.
         prefetch: batches read ahead of the consumer; None takes one more than the processors, 8 at most.
 
     Raises:
@@ -136,7 +138,8 @@ def train_batches(
 
     def plan(step: int) -> _Plan:
         index = order[step * batch_size : (step + 1) * batch_size]
-        return _Plan(index, np.random.default_rng(_entropy(seed, epoch, step, _CROPS)).random(len(index)))
+        position = np.random.default_rng(_entropy(seed, epoch, step, _CROPS)).random(len(index))
+        return _Plan(index[shard[0] :: shard[1]], position[shard[0] :: shard[1]])
 
     def finish(step: int, plan: _Plan, waveform: torch.Tensor) -> Batch:
         target = targets[torch.from_numpy(plan.index).to(targets.device)]
