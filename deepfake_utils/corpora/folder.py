@@ -1,0 +1,169 @@
+"""A plain folder of recordings: `bonafide/` and `spoof/`, with or without train/dev/eval above them, or a manifest.csv.
+
+The subfolder directly below `spoof/` names the attack, the one below `bonafide/` nothing. A `manifest.csv` with the
+columns `path` (relative to it) and `label`, and optionally `speaker`, `attack` (or `family`) and `split`, says it all
+instead. Where nothing names a split, every trial is `eval`; `assign_splits` makes others.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from deepfake_utils.conventions import ConfigError, CorpusError
+from deepfake_utils.corpora.trials import (
+    SPLITS,
+    UNKNOWN_SPEAKER,
+    attack_or_none,
+    audio_names,
+    csv_rows,
+    label_of,
+    make_table,
+    split_audio_name,
+)
+
+MARKER_COLUMNS = {"path", "label"}
+_SPLIT_WORDS = {
+    **dict.fromkeys(("train", "training", "trn"), "train"),
+    **dict.fromkeys(("dev", "development", "val", "valid", "validation"), "dev"),
+    **dict.fromkeys(("eval", "evaluation", "test", "testing"), "eval"),
+}
+
+
+def split_of(word: str) -> str | None:
+    """train, dev or eval, however it is written; None for any other word.
+
+    >>> split_of("Validation"), split_of("notes")
+    ('dev', None)
+    """
+    return _SPLIT_WORDS.get(word.lower().strip())
+
+
+def read_folders(root: Path) -> pd.DataFrame:
+    """List the recordings below the label folders of `root`; folder names are the labels, splits and attacks.
+
+    Args:
+        root: holds bonafide/ and spoof/ (or real/ and fake/, ...), or split folders that hold them.
+
+    Returns:
+        Table from `make_table`; `utterance` is the path relative to `root`, speakers are unknown.
+    """
+    rows = {name: [] for name in ("utterance", "path", "label", "attack", "split")}
+    for split, label, folder in _label_folders(root):
+        for path in _recordings(folder):
+            within = Path(path).relative_to(folder).parts
+            rows["utterance"].append(Path(path).relative_to(root).as_posix())
+            rows["path"].append(path)
+            rows["label"].append(label)
+            rows["attack"].append(attack_or_none(label, within[0] if len(within) > 1 else ""))
+            rows["split"].append(split)
+    if not rows["path"]:
+        raise CorpusError(f"{root} has label folders but no recordings in them; put audio files into both")
+    blank = [0] * len(rows["path"])
+    return make_table({**rows, "speaker": [UNKNOWN_SPEAKER] * len(blank), "line": blank}, root.name)
+
+
+def read_manifest(manifest: Path) -> pd.DataFrame:
+    """Read a manifest.csv; `utterance` is its path column, a missing recording has path "".
+
+    Raises:
+        CorpusError: naming file and line: not text, a row too short or too long, unknown label or split, duplicate.
+    """
+    rows = {name: [] for name in ("utterance", "path", "label", "attack", "speaker", "split", "line")}
+    first_line: dict[str, int] = {}
+    listings: dict[Path, set[str]] = {}
+    for number, row in csv_rows(manifest, MARKER_COLUMNS):
+        label, split = label_of(row["label"]), split_of(row.get("split") or "eval")
+        if label is None or split is None:
+            word, expected = (
+                (row["label"], "bonafide or spoof") if label is None else (row["split"], " or ".join(SPLITS))
+            )
+            raise CorpusError(f"{manifest} line {number}: unknown word {word!r}, expected {expected}")
+        if (earlier := first_line.setdefault(row["path"], number)) != number:
+            raise CorpusError(f"{manifest} line {number}: {row['path']} already stands on line {earlier}")
+        path = manifest.parent / row["path"]
+        if path.parent not in listings:
+            listings[path.parent] = set(audio_names(path.parent))
+        rows["utterance"].append(row["path"])
+        rows["path"].append(os.fspath(path) if path.name in listings[path.parent] else "")
+        rows["label"].append(label)
+        rows["attack"].append(attack_or_none(label, (row.get("attack") or row.get("family") or "").strip()))
+        rows["speaker"].append((row.get("speaker") or "").strip() or UNKNOWN_SPEAKER)
+        rows["split"].append(split)
+        rows["line"].append(number)
+    return make_table(rows, manifest.parent.name)
+
+
+def assign_splits(
+    protocol: pd.DataFrame,
+    fractions: tuple[float, float, float],
+    seed: int,
+    by: str = "speaker",
+) -> pd.DataFrame:
+    """Divide trials into train, dev and eval so that no speaker is in two of them.
+
+    Whole groups are dealt out in random order, each to the split that lacks most of its share of that group's label.
+
+    Args:
+        protocol: any protocol table.
+        fractions: shares of train, dev and eval, each >= 0, adding up to 1; a share of 0 gives no trial.
+        seed: of the deal; the same seed and trials give the same splits, whatever the order of the rows.
+        by: column whose equal values stay together. Trials of unknown speaker (`-`) are groups of their own.
+
+    Returns:
+        A copy of `protocol` with new values in `split`.
+
+    Raises:
+        ConfigError: the fractions are no fractions, or `by` is not a column.
+    """
+    if len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-9:
+        raise ConfigError(f"fractions {fractions}: expected three shares of train, dev and eval that add up to 1")
+    if by not in protocol.columns:
+        raise ConfigError(f"by={by!r} is not a column of the protocol; it has {', '.join(protocol.columns)}")
+    group = protocol[by].where(protocol[by] != UNKNOWN_SPEAKER, "- " + protocol["utterance"])
+    counts = pd.crosstab(group, protocol["label"])  # groups in sorted order, so the deal ignores the order of rows
+    wanted = np.outer(fractions, counts.sum().to_numpy(float))
+    dealt = np.zeros_like(wanted)
+    sizes = counts.to_numpy(float)
+    share = sizes / sizes.sum(axis=0)
+    order = np.random.default_rng(seed).permutation(len(sizes))
+    order = order[np.argsort(-sizes[order].sum(axis=1), kind="stable")]  # large ones first: small ones even out
+    splits = {}
+    for i in order:
+        lack = ((wanted - dealt) / np.maximum(wanted, 1e-12) * (wanted > 0)) @ share[i]
+        lack[np.asarray(fractions) == 0] = -np.inf
+        chosen = int(np.argmax(lack))
+        dealt[chosen] += sizes[i]
+        splits[counts.index[i]] = SPLITS[chosen]
+    return protocol.assign(split=group.map(splits))
+
+
+def _label_folders(root: Path) -> Iterator[tuple[str, int, Path]]:
+    """(split, label, folder) of every label folder of `root` or of its split folders, in name order."""
+    for folder in _subfolders(root):
+        label, split = label_of(folder.name), split_of(folder.name)
+        if label is not None:
+            yield "eval", label, folder
+        elif split is not None:
+            yield from ((split, label_of(f.name), f) for f in _subfolders(folder) if label_of(f.name) is not None)
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    with os.scandir(folder) as entries:
+        return sorted(Path(entry.path) for entry in entries if not split_audio_name(entry.name)[1] and entry.is_dir())
+
+
+def _recordings(folder: Path) -> Iterator[str]:
+    """Audio files below a folder in name order; links are followed, each real folder once."""
+    seen = set()
+    for here, inside, _ in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(here)) in seen:
+            inside.clear()
+            continue
+        seen.add(real)
+        inside.sort()
+        yield from (os.path.join(here, name) for name in sorted(audio_names(Path(here))))

@@ -1,0 +1,206 @@
+"""Walk folders once, within bounds, and note every file or folder that marks a corpus.
+
+A folder of audio is left after AUDIO_ENOUGH files: on a network mount a listing of 600,000 names takes minutes and
+tells nothing more. What such a folder may still hide is then asked for by name.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from deepfake_utils.corpora import folder, in_the_wild
+from deepfake_utils.corpora.asvspoof import recognise_line
+from deepfake_utils.corpora.trials import label_of, split_audio_name
+
+MAX_DEPTH = 9  # /kaggle/input/datasets/<owner>/<slug>/LA/LA/ASVspoof2019_LA_train/flac is 7 below /kaggle/input
+MAX_FOLDERS = 20_000
+AUDIO_ENOUGH = 1_000
+
+DEMO_MARKER = "DEMO.json"
+_PROTOCOL_2019 = re.compile(r"(?:asvspoof2019|demo)[._](la|pa)[._]cm[._](train|dev|eval)[._]tr[nl]\.txt")
+_ASV_2019 = re.compile(r"(?:asvspoof2019|demo)[._](la|pa)[._]asv[._](train|dev|eval)[._].*scores\.txt")
+_PROTOCOL_5 = re.compile(r"asvspoof5[._](train|dev|eval)(?:[._](?:track_?1|metadata))?\.(?:tsv|txt)")
+_KEYS_2021, _ASV_2021 = "trial_metadata.txt", "score.txt"
+_UTTERANCE_FAMILY = re.compile(r"((?:LA|PA|DF)_[TDE]|[TDE])_\d+")
+
+# Asked for by name in folders whose listing was cut short.
+_BY_NAME = (
+    DEMO_MARKER,
+    "meta.csv",
+    "manifest.csv",
+    _KEYS_2021,
+    *(f"ASVspoof2019.{track}.cm.{end}.txt" for track in ("LA", "PA") for end in ("train.trn", "dev.trl", "eval.trl")),
+    *(f"ASVspoof5.{part}.tsv" for part in ("train", "dev.track_1", "eval.track_1")),
+)
+_NEVER = {"__pycache__", "node_modules", "site-packages", "lost+found", "$recycle.bin"}
+
+
+class Marker(NamedTuple):
+    """A file that belongs to one split of one kind of corpus."""
+
+    kind: str
+    split: str
+    path: Path
+
+
+@dataclass
+class Survey:
+    """What a walk saw.
+
+    Attributes:
+        places: folders the walk started from.
+        protocols, asv: protocol or key files, and ASV score files.
+        audio: folders that hold recordings, with the families of their names ("LA_T", "DF_E", "T", ...).
+        metas, manifests: meta.csv of In-the-Wild, manifest.csv of plain folders.
+        labelled: plain folders with bonafide/ and spoof/, directly or in split folders.
+        demos: folders marked as demo corpora.
+        notes: one line a place, for the message when nothing is found.
+    """
+
+    places: list[Path]
+    protocols: list[Marker] = field(default_factory=list)
+    asv: list[Marker] = field(default_factory=list)
+    audio: dict[Path, set[str]] = field(default_factory=dict)
+    metas: list[Path] = field(default_factory=list)
+    manifests: list[Path] = field(default_factory=list)
+    labelled: list[Path] = field(default_factory=list)
+    demos: list[Path] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+class _Listing(NamedTuple):
+    files: list[str]  # that may be markers
+    inside: list[os.DirEntry]
+    families: set[str]  # of the audio files seen
+    n_audio: int
+
+
+def survey(places: Iterable[Path]) -> Survey:
+    """Walk the places breadth first, following links, each real folder once."""
+    found = Survey([Path(place) for place in places])
+    seen: set[str] = set()
+    for place in found.places:
+        found.notes.append(_walk(place, found, seen))
+    found.labelled = _without_splits(found.labelled)
+    return found
+
+
+def _walk(place: Path, found: Survey, seen: set[str]) -> str:
+    """Survey one place; returns its note."""
+    if not place.is_dir():
+        return f"{place}: {'a file, not a folder' if place.exists() else 'does not exist'}"
+    queue = deque([(os.fspath(place.absolute()), os.path.realpath(place), 0)])
+    n_folders, unreadable, top = 0, [], []
+    while queue and n_folders < MAX_FOLDERS:
+        here, real, depth = queue.popleft()
+        if real in seen:
+            continue
+        seen.add(real)
+        n_folders += 1
+        try:
+            listing = _list(here)
+        except OSError as error:
+            unreadable.append(f"{here} ({error.strerror})")
+            continue
+        if depth == 0:
+            top = sorted(entry.name + "/" for entry in listing.inside) + sorted(listing.files)
+        _note_markers(Path(here), listing, found)
+        if depth < MAX_DEPTH:
+            queue.extend(
+                (entry.path, os.path.realpath(entry.path) if entry.is_symlink() else f"{real}/{entry.name}", depth + 1)
+                for entry in sorted(listing.inside, key=lambda entry: entry.name)
+            )
+    n_audio = sum(place.absolute() in (audio, *audio.parents) for audio in found.audio)
+    note = f"{place}: {n_folders:,} folders, {n_audio:,} of them with audio; at the top: "
+    note += ", ".join(top[:12]) + (f", ... ({len(top)} entries)" if len(top) > 12 else "") if top else "empty"
+    if unreadable:
+        note += f"; not readable: {', '.join(unreadable[:3])}"
+    return note + (f"; stopped after {MAX_FOLDERS:,} folders, name a deeper one" if queue else "")
+
+
+def _list(path: str) -> _Listing:
+    """List one folder, stopping early where it is clearly one of audio."""
+    files, inside, families, n_audio = [], [], set(), 0
+    with os.scandir(path) as entries:
+        for entry in entries:
+            stem, suffix = split_audio_name(entry.name)
+            if suffix:
+                n_audio += 1
+                if match := _UTTERANCE_FAMILY.match(stem):
+                    families.add(match[1])
+                if n_audio >= AUDIO_ENOUGH:
+                    files.extend(name for name in _BY_NAME if os.path.isfile(os.path.join(path, name)))
+                    break
+            elif _is_folder(entry):
+                if not entry.name.startswith(".") and entry.name.lower() not in _NEVER:
+                    inside.append(entry)
+            else:
+                files.append(entry.name)
+    return _Listing(files, inside, families, n_audio)
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _note_markers(here: Path, listing: _Listing, found: Survey) -> None:
+    for name in set(listing.files):
+        _note_file(here / name, found)
+    if listing.n_audio:
+        found.audio[here] = listing.families
+    labels = {entry: label_of(entry.name) for entry in listing.inside}
+    if {0, 1} <= set(labels.values()):
+        found.labelled.append(here)
+        for entry, label in labels.items():  # their recordings are listed when the protocol is read
+            if label is not None:
+                listing.inside.remove(entry)
+
+
+def _note_file(path: Path, found: Survey) -> None:
+    name = path.name.lower()
+    if match := _PROTOCOL_2019.fullmatch(name):
+        found.protocols.append(Marker(f"asvspoof2019_{match[1]}", match[2], path))
+    elif match := _ASV_2019.fullmatch(name):
+        found.asv.append(Marker(f"asvspoof2019_{match[1]}", match[2], path))
+    elif match := _PROTOCOL_5.fullmatch(name):
+        found.protocols.append(Marker("asvspoof5", match[1], path))
+    elif name == _KEYS_2021 and path.parent.name.lower() != "asv":
+        kind = recognise_line(_first_line(path))
+        if kind in ("asvspoof2021_la", "asvspoof2021_df"):
+            found.protocols.append(Marker(kind, "eval", path))
+    elif name == _ASV_2021 and path.parent.parent.name.lower() == "asv":
+        track = path.parent.parent.parent.name.lower()
+        if track in ("la", "df"):
+            found.asv.append(Marker(f"asvspoof2021_{track}", "eval", path))
+    elif name == "meta.csv" and _has_columns(path, in_the_wild.MARKER_COLUMNS):
+        found.metas.append(path)
+    elif name == "manifest.csv" and _has_columns(path, folder.MARKER_COLUMNS):
+        found.manifests.append(path)
+    elif name == DEMO_MARKER.lower():
+        found.demos.append(path.parent)
+
+
+def _first_line(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return file.readline(4096).decode("utf-8-sig", errors="replace")
+    except OSError:
+        return ""
+
+
+def _has_columns(path: Path, wanted: set[str]) -> bool:
+    return wanted <= {word.strip().strip('"').lower() for word in _first_line(path).split(",")}
+
+
+def _without_splits(labelled: list[Path]) -> list[Path]:
+    """Roots of plain folders: train/ and eval/ that hold label folders make one corpus, their parent."""
+    return sorted({path.parent if folder.split_of(path.name) else path for path in labelled})
