@@ -19,7 +19,7 @@ SPACINGS = ("mel", "inverse-mel", "linear")
 
 
 def band_edges_hz(n_filters: int, spacing: str) -> Tensor:
-    """The n_filters + 1 edges between adjoining bands, from 0 Hz to half the sample rate, in double precision.
+    """The n_filters + 1 edges of adjoining bands from 0 Hz to half the sample rate, in double precision.
 
     >>> band_edges_hz(4, "linear").tolist()
     [0.0, 2000.0, 4000.0, 6000.0, 8000.0]
@@ -54,8 +54,8 @@ def band_pass_filters(low_hz: Tensor, high_hz: Tensor, kernel_size: int) -> Tens
     window = torch.hamming_window(kernel_size, periodic=False, **like)
 
     def low_pass(cutoff_hz: Tensor) -> Tensor:
-        width = 2 * cutoff_hz[:, None] / SAMPLE_RATE_HZ
-        return width * torch.sinc(width * n)
+        twice_hz = 2 * cutoff_hz[:, None]
+        return twice_hz / SAMPLE_RATE_HZ * torch.sinc(twice_hz * n / SAMPLE_RATE_HZ)
 
     return (low_pass(high_hz) - low_pass(low_hz)) * window
 
@@ -99,7 +99,8 @@ class SincFilters(nn.Module):
             self.low_khz = nn.Parameter((low_hz / 1000).float())
             self.width_khz = nn.Parameter(((high_hz - low_hz) / 1000).float())
         else:
-            fixed = band_pass_filters(low_hz, high_hz, kernel_size).float()
+            # In single precision, as the published weights heard them: double moves logits by 4e-5.
+            fixed = band_pass_filters(low_hz.float(), high_hz.float(), kernel_size)
             self.register_buffer("fixed_filters", fixed, persistent=False)
 
     def cutoffs_hz(self) -> tuple[Tensor, Tensor]:
@@ -122,7 +123,7 @@ class SincFilters(nn.Module):
         """Magnitude of every filter on a grid of frequencies, for drawing.
 
         Returns:
-            frequencies (n_points,) in Hz from 0 to half the sample rate, and magnitudes (n_filters, n_points);
+            frequencies (n_points,) in Hz up to half the sample rate, and magnitudes (n_filters, n_points);
             1 is unchanged.
         """
         frequencies_hz = torch.linspace(0, SAMPLE_RATE_HZ / 2, n_points, dtype=torch.float64)
@@ -134,11 +135,12 @@ class SincFilters(nn.Module):
     def forward(self, waveform: Tensor, band_mask: Tensor | None = None) -> Tensor:
         """Filter (B, T) waveforms into (B, n_filters, T - kernel_size + 1) bands, in float32.
 
-        `band_mask` multiplies the bands: (n_filters,) for the whole batch or (B, n_filters) for each waveform.
+        `band_mask` multiplies the bands: (n_filters,) for the whole batch, or (B, n_filters).
         """
         with torch.autocast(waveform.device.type, enabled=False):  # the bands of quiet speech are small
             bands = F.conv1d(waveform.float()[:, None], self.filters()[:, None])
         return bands if band_mask is None else bands * band_mask.to(bands)[..., None]
 
     def extra_repr(self) -> str:
-        return f"{self.n_filters}, kernel_size={self.kernel_size}, spacing={self.spacing}, learnable={self.learnable}"
+        kind = "learnable" if self.learnable else "fixed"
+        return f"{self.n_filters}, {self.kernel_size} taps, {self.spacing}, {kind}"

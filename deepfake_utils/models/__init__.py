@@ -8,9 +8,27 @@ import torch
 from torch import nn
 
 from deepfake_utils.conventions import ConfigError
+from deepfake_utils.models import aasist
+from deepfake_utils.models.aasist import AASIST, AASISTConfig
 
 # name -> (class, its configuration). A variant is another configuration, not another class.
-MODELS: dict[str, tuple[type[nn.Module], object]] = {}
+MODELS: dict[str, tuple[type[nn.Module], object]] = {
+    "aasist": (AASIST, AASISTConfig()),
+    "aasist-l": (
+        AASIST,
+        AASISTConfig(
+            channels=(32, 32, 24, 24, 24, 24),
+            graph_dim=24,
+            spectral_keep=0.4,
+            temporal_keep=0.5,
+            branch_keep=0.7,
+        ),
+    ),
+}
+
+
+# name -> how the tensors of the published weights file are called here
+PUBLISHED_NAMES = {"aasist": aasist.published_state_dict, "aasist-l": aasist.published_state_dict}
 
 
 def build_model(name: str, *, generator: torch.Generator | None = None, **overrides) -> nn.Module:

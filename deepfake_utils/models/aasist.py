@@ -1,0 +1,358 @@
+"""AASIST: graph attention over the spectrum and over time, from the raw waveform.
+
+Jung et al., "AASIST: Audio Anti-Spoofing using Integrated Spectro-Temporal Graph Attention Networks",
+ICASSP 2022, arXiv 2110.01200.
+
+Shape walk for 64,600 samples (4.04 s), AASIST's own configuration:
+
+    waveform                                                (B, 64600)
+    |sinc bank|, largest of 3 bands x 3 samples             (B, 1, 23, 21490)    band x frame
+    six residual blocks, each keeping 1 frame in 3          (B, 64, 23, 29)      channel x band x frame
+    spectral graph: largest |.| over frames, + position     (B, 23, 64) -> attention, pooling -> (B, 11, 64)
+    temporal graph: largest |.| over bands                  (B, 29, 64) -> attention, pooling -> (B, 20, 64)
+    two branches, each: both graphs and a master node       (B, 5, 32), (B, 10, 32), (B, 1, 32)
+    larger of the two branches, read out                    (B, 160)             the embedding
+    linear                                                  (B, 2)               spoof, bona fide
+
+Any length from `min_samples` up works: only the number of frames, hence of temporal nodes, changes.
+
+Differences from the paper, all kept because the published weights were trained with them:
+    - The encoder blocks after the first own a batch norm (`unused_norm`) whose output never reached the next
+      layer. Its parameters are counted in the 297,866 and stay in the state dict; it is not computed.
+    - The configuration names four pool ratios and four temperatures; only three of each are used.
+    - Attention is normalised over the nodes attended to, with temperature 2 for the homogeneous and 100 for
+      the heterogeneous graphs.
+    - The 70 filters are pooled by threes into 23 bands; the 70th is never heard.
+    - The filter bank is fixed, not learned, and absent from the state dict.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deepfake_utils.conventions import SAMPLE_RATE_HZ, AudioError, CheckpointError, ConfigError
+from deepfake_utils.frontends.sinc import SincFilters
+from deepfake_utils.layers import CMOutput
+
+
+@dataclass(frozen=True)
+class AASISTConfig:
+    """Everything that shapes an AASIST; the defaults are the published AASIST."""
+
+    sinc_filters: int = 70
+    sinc_taps: int = 129
+    sinc_spacing: str = "mel"
+    sinc_learnable: bool = False
+    channels: tuple[int, ...] = (32, 32, 64, 64, 64, 64)  # of each encoder block
+    graph_dim: int = 64  # of a node in the spectral and temporal graphs
+    branch_dim: int = 32  # of a node in the heterogeneous graphs
+    spectral_keep: float = 0.5  # share of nodes that pooling keeps
+    temporal_keep: float = 0.7
+    branch_keep: float = 0.5
+    graph_temperature: float = 2.0
+    branch_temperature: float = 100.0
+
+    def __post_init__(self):
+        if self.sinc_filters < 3 or not self.channels or min(self.channels) < 1:
+            raise ConfigError(
+                f"encoder of {self.sinc_filters} filters, channels {self.channels}: expected 3 or more "
+                "(they are pooled by threes) and one block of at least one channel"
+            )
+        for share in (self.spectral_keep, self.temporal_keep, self.branch_keep):
+            if not 0 < share <= 1:
+                raise ConfigError(
+                    f"graph pooling keeps {share} of the nodes: expected a share above 0, up to 1"
+                )
+        if min(self.graph_temperature, self.branch_temperature) <= 0:
+            raise ConfigError(
+                f"temperatures {self.graph_temperature}, {self.branch_temperature}: expected above 0"
+            )
+
+
+def _attention_vector(dim: int) -> nn.Parameter:
+    return nn.Parameter(nn.init.xavier_normal_(torch.empty(dim, 1)))
+
+
+def _norm_nodes(norm: nn.BatchNorm1d, nodes: Tensor) -> Tensor:
+    """Batch norm of (B, N, dim) over all nodes of all graphs."""
+    return norm(nodes.flatten(0, 1)).view_as(nodes)
+
+
+def keep_largest(nodes: Tensor, scores: Tensor, share: float) -> Tensor:
+    """The share of nodes with the largest scores, at least one, each times its score, best first."""
+    n_kept = max(int(nodes.shape[1] * share), 1)
+    best = scores.topk(n_kept, dim=1).indices
+    return (nodes * scores).gather(1, best.expand(-1, -1, nodes.shape[2]))
+
+
+class NodePooling(nn.Module):
+    """Keep the nodes that a learned gate rates highest (Gao and Ji, "Graph U-Nets", arXiv 1905.05178)."""
+
+    def __init__(self, dim: int, share: float):
+        super().__init__()
+        self.share = share
+        self.drop = nn.Dropout(0.3)
+        self.gate = nn.Linear(dim, 1)
+
+    def forward(self, nodes: Tensor) -> Tensor:
+        """(B, N, dim) -> (B, max(int(N * share), 1), dim)."""
+        return keep_largest(nodes, self.gate(self.drop(nodes)).sigmoid(), self.share)
+
+
+class PairAttention(nn.Module):
+    """Attention among the nodes of one graph: how much i attends to j is a small network of x_i * x_j."""
+
+    def __init__(self, in_dim: int, out_dim: int, temperature: float):
+        super().__init__()
+        self.temperature = temperature
+        self.drop = nn.Dropout(0.2)
+        self.pair = nn.Linear(in_dim, out_dim)
+        self.pair_weight = _attention_vector(out_dim)
+        self.attended = nn.Linear(in_dim, out_dim)
+        self.own = nn.Linear(in_dim, out_dim)
+        self.norm = nn.BatchNorm1d(out_dim)
+
+    def forward(self, nodes: Tensor) -> Tensor:
+        """(B, N, in_dim) -> (B, N, out_dim)."""
+        nodes = self.drop(nodes)
+        pairs = torch.tanh(self.pair(nodes[:, :, None] * nodes[:, None]))  # (B, N, N, out_dim)
+        attention = ((pairs @ self.pair_weight).squeeze(-1) / self.temperature).softmax(-1)
+        nodes = self.attended(attention @ nodes) + self.own(nodes)
+        return F.selu(_norm_nodes(self.norm, nodes))
+
+
+class HeterogeneousAttention(nn.Module):
+    """Attention across the temporal and the spectral graph, and a master node that attends to both."""
+
+    def __init__(self, in_dim: int, out_dim: int, temperature: float):
+        super().__init__()
+        self.temperature = temperature
+        self.temporal = nn.Linear(in_dim, in_dim)
+        self.spectral = nn.Linear(in_dim, in_dim)
+        self.drop = nn.Dropout(0.2)
+        self.pair = nn.Linear(in_dim, out_dim)
+        self.temporal_weight = _attention_vector(out_dim)  # of pairs within the temporal graph,
+        self.spectral_weight = _attention_vector(out_dim)  # within the spectral graph,
+        self.cross_weight = _attention_vector(out_dim)  # and of one node from each
+        self.attended = nn.Linear(in_dim, out_dim)
+        self.own = nn.Linear(in_dim, out_dim)
+        self.norm = nn.BatchNorm1d(out_dim)
+        self.master_pair = nn.Linear(in_dim, out_dim)
+        self.master_weight = _attention_vector(out_dim)
+        self.master_attended = nn.Linear(in_dim, out_dim)
+        self.master_own = nn.Linear(in_dim, out_dim)
+
+    def forward(self, temporal: Tensor, spectral: Tensor, master: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, N_t, in_dim), (B, N_s, in_dim), (B or 1, 1, in_dim) -> the same three with out_dim."""
+        n_temporal = temporal.shape[1]
+        nodes = self.drop(torch.cat([self.temporal(temporal), self.spectral(spectral)], dim=1))
+
+        pairs = torch.tanh(self.pair(nodes[:, :, None] * nodes[:, None]))  # (B, N, N, out_dim)
+        weights = torch.cat([self.temporal_weight, self.cross_weight, self.spectral_weight], dim=1)
+        within_t, cross, within_s = (pairs @ weights).unbind(-1)
+        from_t = torch.cat([within_t[:, :n_temporal, :n_temporal], cross[:, :n_temporal, n_temporal:]], dim=2)
+        from_s = torch.cat([cross[:, n_temporal:, :n_temporal], within_s[:, n_temporal:, n_temporal:]], dim=2)
+        attention = (torch.cat([from_t, from_s], dim=1) / self.temperature).softmax(-1)
+
+        to_master = torch.tanh(self.master_pair(nodes * master)) @ self.master_weight  # (B, N, 1)
+        to_master = (to_master / self.temperature).softmax(1).transpose(1, 2)
+        master = self.master_attended(to_master @ nodes) + self.master_own(master)
+
+        nodes = self.attended(attention @ nodes) + self.own(nodes)
+        nodes = F.selu(_norm_nodes(self.norm, nodes))
+        return nodes[:, :n_temporal], nodes[:, n_temporal:], master
+
+
+class Branch(nn.Module):
+    """Two rounds of heterogeneous attention with pooling between; two of these run side by side."""
+
+    def __init__(self, config: AASISTConfig):
+        super().__init__()
+        self.master = nn.Parameter(torch.randn(1, 1, config.graph_dim))
+        self.first = HeterogeneousAttention(config.graph_dim, config.branch_dim, config.branch_temperature)
+        self.temporal_pool = NodePooling(config.branch_dim, config.branch_keep)
+        self.spectral_pool = NodePooling(config.branch_dim, config.branch_keep)
+        self.second = HeterogeneousAttention(config.branch_dim, config.branch_dim, config.branch_temperature)
+        self.drop = nn.Dropout(0.2)
+
+    def forward(self, temporal: Tensor, spectral: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The graphs and the master after the second round, each added to what the round started from."""
+        temporal, spectral, master = self.first(temporal, spectral, self.master)
+        nodes = self.temporal_pool(temporal), self.spectral_pool(spectral), master
+        updates = self.second(*nodes)
+        return tuple(self.drop(node + update) for node, update in zip(nodes, updates, strict=True))
+
+
+class ResidualBlock(nn.Module):
+    """conv, batch norm, SELU, conv, plus the input; then the largest of every 3 frames."""
+
+    def __init__(self, in_channels: int, out_channels: int, first: bool):
+        super().__init__()
+        if not first:
+            self.unused_norm = nn.BatchNorm2d(in_channels)  # see "Differences from the paper"
+        self.conv1 = nn.Conv2d(in_channels, out_channels, (2, 3), padding=(1, 1))
+        self.norm = nn.BatchNorm2d(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, (2, 3), padding=(0, 1))
+        self.shortcut = nn.Identity()
+        if in_channels != out_channels:
+            self.shortcut = nn.Conv2d(in_channels, out_channels, (1, 3), padding=(0, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_channels, bands, frames) -> (B, out_channels, bands, frames // 3)."""
+        hidden = F.selu(self.norm(self.conv1(x)))
+        return F.max_pool2d(self.conv2(hidden) + self.shortcut(x), (1, 3))
+
+
+def check_waveform(waveform: Tensor, min_samples: int) -> None:
+    """Refuse what is not a (B, T) batch of at least `min_samples` samples."""
+    if waveform.ndim != 2:
+        raise AudioError(f"waveform of shape {tuple(waveform.shape)}: expected (batch, samples)")
+    if waveform.shape[1] < min_samples:
+        raise AudioError(
+            f"{waveform.shape[1]} samples a waveform ({waveform.shape[1] / SAMPLE_RATE_HZ:.3f} s): the model "
+            f"needs {min_samples} or more; repeat short recordings end to end with audio.fit_length"
+        )
+
+
+class Encoder(nn.Module):
+    """The sinc bank and the residual blocks: (B, T) waveforms -> (B, channels, bands, frames)."""
+
+    def __init__(self, config: AASISTConfig):
+        super().__init__()
+        self.sinc = SincFilters(
+            config.sinc_filters, config.sinc_taps, config.sinc_spacing, config.sinc_learnable
+        )
+        self.norm = nn.BatchNorm2d(1)
+        channels = (1, *config.channels)
+        self.blocks = nn.ModuleList(
+            ResidualBlock(channels[i], channels[i + 1], first=i == 0) for i in range(len(config.channels))
+        )
+        self.n_bands = config.sinc_filters // 3
+        self.min_samples = 2 * 3 ** (len(config.channels) + 1) + config.sinc_taps - 1  # two frames come out
+
+    def forward(self, waveform: Tensor, band_mask: Tensor | None = None) -> Tensor:
+        x = F.max_pool2d(self.sinc(waveform, band_mask).abs()[:, None], 3)
+        x = F.selu(self.norm(x))
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class AASIST(nn.Module):
+    """The countermeasure of arXiv 2110.01200; shapes and quirks are in the module's docstring.
+
+    Raises:
+        ConfigError: a configuration no network can be built from.
+    """
+
+    def __init__(self, config: AASISTConfig):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        channels, dim = config.channels[-1], config.graph_dim
+        self.spectral_position = nn.Parameter(torch.randn(1, self.encoder.n_bands, channels))
+        self.spectral_attention = PairAttention(channels, dim, config.graph_temperature)
+        self.temporal_attention = PairAttention(channels, dim, config.graph_temperature)
+        self.spectral_pool = NodePooling(dim, config.spectral_keep)
+        self.temporal_pool = NodePooling(dim, config.temporal_keep)
+        self.branch1, self.branch2 = Branch(config), Branch(config)
+        self.drop = nn.Dropout(0.5)
+        self.output = nn.Linear(5 * config.branch_dim, 2)
+
+    @property
+    def min_samples(self) -> int:
+        """Fewest samples of a waveform: two temporal nodes, as one alone has no variance to normalise by."""
+        return self.encoder.min_samples
+
+    def forward(self, waveform: Tensor, band_mask: Tensor | None = None) -> CMOutput:
+        """Score waveforms.
+
+        Args:
+            waveform: (B, T) float in [-1, 1] at 16 kHz, T at least `min_samples`.
+            band_mask: 0/1 for every sinc filter, (sinc_filters,) or (B, sinc_filters); see `draw_band_mask`.
+
+        Returns:
+            logits (B, 2), spoof and bona fide, and the embedding (B, 5 * branch_dim) they are read from.
+
+        Raises:
+            AudioError: the waveforms are not (B, T) or shorter than `min_samples`.
+        """
+        check_waveform(waveform, self.min_samples)
+        maps = self.encoder(waveform, band_mask).abs()  # (B, channels, bands, frames)
+        spectral = maps.amax(3).transpose(1, 2) + self.spectral_position
+        spectral = self.spectral_pool(self.spectral_attention(spectral))
+        temporal = maps.amax(2).transpose(1, 2)
+        temporal = self.temporal_pool(self.temporal_attention(temporal))
+        branches = self.branch1(temporal, spectral), self.branch2(temporal, spectral)
+        temporal, spectral, master = (torch.maximum(*pair) for pair in zip(*branches, strict=True))
+        embedding = torch.cat(
+            [
+                temporal.abs().amax(1),
+                temporal.mean(1),
+                spectral.abs().amax(1),
+                spectral.mean(1),
+                master[:, 0],
+            ],
+            dim=1,
+        )
+        embedding = self.drop(embedding)
+        return CMOutput(self.output(embedding), embedding)
+
+
+# What the published checkpoints call each part, rewritten in this order.
+PUBLISHED_NAMES = (
+    (r"^encoder\.(\d)\.0\.", r"encoder.blocks.\1."),
+    (r"^first_bn\.", "encoder.norm."),
+    (r"^pos_S$", "spectral_position"),
+    (r"^GAT_layer_S\.", "spectral_attention."),
+    (r"^GAT_layer_T\.", "temporal_attention."),
+    (r"^pool_S\.", "spectral_pool."),
+    (r"^pool_T\.", "temporal_pool."),
+    (r"^master(\d)$", r"branch\1.master"),
+    (r"^HtrgGAT_layer_ST(\d)1\.", r"branch\1.first."),
+    (r"^HtrgGAT_layer_ST(\d)2\.", r"branch\1.second."),
+    (r"^pool_hS(\d)\.", r"branch\1.spectral_pool."),
+    (r"^pool_hT(\d)\.", r"branch\1.temporal_pool."),
+    (r"^out_layer\.", "output."),
+    (r"\.bn1\.", ".unused_norm."),
+    (r"\.bn2?\.", ".norm."),
+    (r"\.conv_downsample\.", ".shortcut."),
+    (r"_pool\.proj\.", "_pool.gate."),
+    (r"\.proj_type1\.", ".temporal."),
+    (r"\.proj_type2\.", ".spectral."),
+    (r"\.att_projM\.", ".master_pair."),
+    (r"\.att_proj\.", ".pair."),
+    (r"\.att_weightM$", ".master_weight"),
+    (r"\.att_weight11$", ".temporal_weight"),
+    (r"\.att_weight22$", ".spectral_weight"),
+    (r"\.att_weight12$", ".cross_weight"),
+    (r"\.att_weight$", ".pair_weight"),
+    (r"\.proj_with_attM\.", ".master_attended."),
+    (r"\.proj_without_attM\.", ".master_own."),
+    (r"\.proj_with_att\.", ".attended."),
+    (r"\.proj_without_att\.", ".own."),
+)
+
+
+def published_state_dict(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the parameters of a published checkpoint (AASIST.pth, AASIST-L.pth) to the names used here.
+
+    Raises:
+        CheckpointError: the names are not those of a published AASIST checkpoint.
+    """
+    if "pos_S" not in state or "out_layer.weight" not in state:
+        raise CheckpointError(
+            f"not a published AASIST checkpoint: it holds {', '.join(list(state)[:5])}..., "
+            "where pos_S and out_layer.weight were expected"
+        )
+    renamed = {}
+    for name, value in state.items():
+        for pattern, replacement in PUBLISHED_NAMES:
+            name = re.sub(pattern, replacement, name)
+        renamed[name] = value
+    return renamed
