@@ -153,7 +153,9 @@ def this_python_as_kernel():
     with tempfile.TemporaryDirectory() as folder:
         kernel = Path(folder) / "kernels" / "python3"
         kernel.mkdir(parents=True)
-        argv = [sys.executable, "-m", "ipykernel_launcher", "--log-level=CRITICAL", "-f", "{connection_file}"]
+        # tqdm imported before the kernel is there chooses text bars, which a terminal can show.
+        start = "import tqdm.auto, ipykernel.kernelapp as kernel; kernel.launch_new_instance()"
+        argv = [sys.executable, "-c", start, "--log-level=CRITICAL", "-f", "{connection_file}"]
         spec = {"argv": argv, "display_name": "Python 3", "language": "python"}
         (kernel / "kernel.json").write_text(json.dumps(spec))
         before = os.environ.get("JUPYTER_PATH")
@@ -191,7 +193,9 @@ def run_notebook(notebook: Path, values: dict, run_dir: Path) -> float:
     bar = {"desc": notebook.stem, "unit": "cell", "mininterval": 0.1 if live else 15}
     start_s = time.monotonic()
     try:
-        papermill.execute_notebook(executed, executed, cwd=notebook.parent, progress_bar=bar, **live)
+        papermill.execute_notebook(
+            executed, executed, cwd=notebook.parent, progress_bar=bar, coalesce_streams=True, **live
+        )
     except PapermillExecutionError as failure:
         raise RunError(explain(failure, executed)) from None
     return time.monotonic() - start_s
@@ -296,6 +300,7 @@ def run(notebooks: list[Path], data: str, runs: Path, asked: list[tuple[str, str
         for notebook in notebooks:
             given = values[notebook] | {"data": data, "run_dir": str(run_dir)}
             seconds[notebook.stem] = run_notebook(notebook, given, run_dir)
+            read_result(run_dir, notebook.stem)
     return summarise(run_dir, seconds)
 
 
