@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ..conventions import CROP_SAMPLES, ConfigError
+from deepfake_utils.conventions import CROP_SAMPLES, ConfigError
 
 Augmentation = Callable[[torch.Tensor, torch.Tensor, torch.Generator], tuple[torch.Tensor, torch.Tensor]]
 
@@ -268,6 +268,4 @@ def _entropy(seed: int, epoch: int, step: int, stream: int) -> np.random.SeedSeq
 def _check_source_device(source, device: torch.device) -> None:
     held = getattr(source, "device", None)
     if held is not None and torch.empty(0, device=device).device != held:
-        raise ConfigError(
-            f"the source lies in the memory of {held}, batches wanted on {device}: open it there"
-        )
+        raise ConfigError(f"the source lies in the memory of {held}, batches wanted on {device}: open it there")

@@ -1,12 +1,36 @@
-"""Clips decoded from their files, and a cache that keeps as many of them as the machine's memory allows."""
+"""Clips decoded from their files, and a cache that keeps as many of them as the machine's memory allows.
+
+Processes: threads share one cache. A forked process (a DataLoader worker on Linux) starts with the clips its
+parent held at the fork, in the same memory pages and for reading only; a spawned one starts empty. What a worker
+adds is its own and lost when it ends, so the budget is divided by the number of workers. The batches of this
+package are read by threads, which need none of this.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import os
+import threading
+import time
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from concurrent.futures import Future
+from functools import lru_cache, partial
+
 import numpy as np
 import pandas as pd
+from torch.utils.data import get_worker_info
 
-from .. import audio
-from ..conventions import AudioError, CorpusError
+from deepfake_utils.audio import audio_info, read_audio, to_int16
+from deepfake_utils.conventions import AudioError, ConfigError, CorpusError
+from deepfake_utils.runtime import free_memory_bytes, memory_limit_bytes
+
+SHARE_OF_LIMIT = 0.5  # of the memory this process may use, the most the cache takes unless told otherwise
+SHARE_LEFT_FREE = 0.05  # of the same: the floor under which nothing more may be taken ...
+LEAST_LEFT_FREE_BYTES = 512 * 2**20  # ... and never less than this
+CHECK_EVERY_S = 0.25
+ENTRY_OVERHEAD_BYTES = 512  # the array's header, the key and the table's slot
 
 
 class FileSource:
@@ -19,7 +43,7 @@ class FileSource:
         CorpusError: the protocol is empty or lacks one of the columns.
     """
 
-    kind = "files"
+    reason = ""  # why `open_source` chose this kind
 
     def __init__(self, protocol: pd.DataFrame):
         missing = {"utterance", "path"} - set(protocol.columns)
@@ -28,7 +52,7 @@ class FileSource:
         if not len(protocol):
             raise CorpusError("the protocol has no rows: nothing to read (was the split name right?)")
         self.utterances = protocol["utterance"].astype(str).to_numpy(dtype=object)
-        self.paths = protocol["path"].astype(str).to_numpy(dtype=object)
+        self.paths = np.array([os.path.abspath(path) for path in protocol["path"]], dtype=object)
 
     def __len__(self) -> int:
         return len(self.utterances)
@@ -40,20 +64,243 @@ class FileSource:
             AudioError: the file cannot be decoded; the text names the utterance and the path.
         """
         try:
-            samples = audio.to_int16(audio.read_audio(self.paths[index]))
+            return to_int16(read_audio(self.paths[index]))
         except (AudioError, OSError) as error:
             raise AudioError(f"utterance {self.utterances[index]}: {error}") from error
-        if not len(samples):
-            raise AudioError(f"utterance {self.utterances[index]}: {self.paths[index]} holds no samples")
-        return samples
 
     def n_samples(self, index: int) -> int:
-        """The length of trial `index` at 16 kHz; here it takes decoding the file."""
+        """The length of trial `index` at 16 kHz, from the header where that is exact."""
+        if self.paths[index].lower().endswith((".flac", ".wav")):
+            return audio_info(self.paths[index]).n_samples
         return len(self.clip(index))
 
     def describe(self) -> str:
         """One line for the notebook."""
-        return f"{len(self):,} clips, decoded from their files at every use"
+        return with_reason(f"files: {len(self):,} clips, decoded at every use", self.reason)
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__}: {self.describe()}>"
+        return f"<{type(self).__name__} {self.describe()}>"
+
+
+class CachedSource(FileSource):
+    """A corpus whose clips are decoded once and kept while memory allows.
+
+    Args:
+        protocol: as for `FileSource`.
+        cache: None takes the cache that all sources of this process share.
+    """
+
+    def __init__(self, protocol: pd.DataFrame, cache: ClipCache | None = None):
+        super().__init__(protocol)
+        self.cache = shared_cache() if cache is None else cache
+
+    def clip(self, index: int) -> np.ndarray:
+        """As for `FileSource`; the array is the cache's and cannot be written to."""
+        return self.cache.get(self.paths[index], partial(super().clip, index))
+
+    def describe(self) -> str:
+        return with_reason(f"cache: {len(self):,} clips; {self.cache.describe()}", self.reason)
+
+
+class ClipCache:
+    """Least-recently-used clips in memory, under a byte budget that follows the machine.
+
+    The budget is what the cache holds plus what is free above a floor, at most a ceiling. It is worked out anew
+    a few times a second, also while nobody asks for clips: memory taken by anything else shrinks it and purges
+    the clips used longest ago at once, memory given back lets it grow again.
+
+    Args:
+        budget_bytes: the ceiling; None takes half the memory this process may use.
+        floor_bytes: memory left free for everything else; None takes 5 % of that memory, 512 MiB at least.
+        free_bytes: tells the memory that can still be taken (machine and control group).
+
+    Attributes:
+        hits, misses: requests answered from memory, and all others.
+        decodes: clips decoded; fewer than misses where several threads asked for one clip at once.
+        purged: clips dropped to stay within the budget.
+        passed: clips handed through because they alone exceed the budget.
+
+    >>> cache = ClipCache(budget_bytes=10_000)
+    >>> first = cache.get("a", lambda: np.zeros(1000, np.int16))
+    >>> cache.get("a", lambda: np.zeros(1000, np.int16)) is first, cache.hits, cache.misses
+    (True, 1, 1)
+    """
+
+    def __init__(
+        self,
+        budget_bytes: int | None = None,
+        *,
+        floor_bytes: int | None = None,
+        free_bytes: Callable[[], int] = free_memory_bytes,
+    ):
+        limit = memory_limit_bytes()
+        self._ceiling_bytes = int(limit * SHARE_OF_LIMIT) if budget_bytes is None else budget_bytes
+        if self._ceiling_bytes < 0:
+            raise ConfigError(f"budget_bytes is {budget_bytes}: expected 0 or more")
+        self._floor_bytes = max(LEAST_LEFT_FREE_BYTES, int(limit * SHARE_LEFT_FREE))
+        if floor_bytes is not None:
+            self._floor_bytes = floor_bytes
+        self._free_bytes = free_bytes
+        self._inherited: dict[Hashable, np.ndarray] = {}
+        self._start_empty()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=partial(_call_weakly, weakref.ref(self), "_after_fork"))
+
+    def get(self, key: Hashable, decode: Callable[[], np.ndarray]) -> np.ndarray:
+        """The clip under `key`; `decode` makes it where it is absent, once however many threads ask.
+
+        Returns:
+            A read-only array, shared with every other caller.
+
+        Raises:
+            whatever `decode` raises, in every thread that waits for this clip; the next request tries again.
+        """
+        with self._lock:
+            clip = self._inherited.get(key)
+            if clip is None and key in self._clips:
+                clip = self._clips[key]
+                self._clips.move_to_end(key)
+            if clip is not None:
+                self.hits += 1
+                return clip
+            self.misses += 1
+            pending = self._pending.get(key)
+            if pending is None:
+                decoding = self._pending[key] = Future()
+        if pending is not None:
+            return pending.result()
+        try:
+            clip = _frozen(decode())
+            self._keep(key, clip)
+        except BaseException as error:
+            with self._lock:
+                self._pending.pop(key, None)
+            decoding.set_exception(error)
+            raise
+        decoding.set_result(clip)
+        return clip
+
+    @property
+    def budget_bytes(self) -> int:
+        """What the cache may hold at present."""
+        return self._budget_bytes
+
+    @property
+    def bytes(self) -> int:
+        """What the cache holds; clips inherited by a fork are the parent's and not counted."""
+        return self._bytes
+
+    def __len__(self) -> int:
+        return len(self._clips)
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._clips or key in self._inherited
+
+    def follow_memory(self) -> None:
+        """Work the budget out anew from the memory free now, and purge down to it."""
+        with self._lock:
+            worker = get_worker_info()
+            n_sharing = worker.num_workers if worker is not None else 1
+            spare_bytes = self._free_bytes() - self._floor_bytes
+            budget = min(self._ceiling_bytes // n_sharing, self._bytes + spare_bytes // n_sharing)
+            self._budget_bytes = max(0, budget)
+            self._checked_at_s, self._bytes_since_check = time.monotonic(), 0
+            if self._purge() and spare_bytes < 0:
+                _return_freed_memory()
+
+    def describe(self) -> str:
+        """One line for the notebook."""
+        asked = self.hits + self.misses
+        share = f"{self.hits / asked:.1%} of {asked:,} requests hit" if asked else "no request yet"
+        text = f"{len(self):,} kept in {self._bytes / 1e9:.2f} of {self._budget_bytes / 1e9:.2f} GB, {share}"
+        counts = f"{self.decodes:,} decoded, {self.purged:,} purged, {self.passed:,} passed through"
+        return f"{text}; {counts}"
+
+    def __repr__(self) -> str:
+        return f"<ClipCache {self.describe()}>"
+
+    def __reduce__(self):
+        return partial(ClipCache, floor_bytes=self._floor_bytes, free_bytes=self._free_bytes), (self._ceiling_bytes,)
+
+    def _start_empty(self) -> None:
+        self._lock = threading.RLock()
+        self._clips: OrderedDict[Hashable, np.ndarray] = OrderedDict()
+        self._pending: dict[Hashable, Future] = {}
+        self._bytes = self._bytes_since_check = 0
+        self.hits = self.misses = self.decodes = self.purged = self.passed = 0
+        self._watched = False
+        self.follow_memory()
+
+    def _after_fork(self) -> None:
+        """In the child: the parent's lock may be held, its decodes never finish, its clips cost nothing."""
+        inherited = {**self._inherited, **self._clips}
+        self._ceiling_bytes = max(0, self._ceiling_bytes - self._bytes)
+        self._start_empty()
+        self._inherited = inherited
+
+    def _keep(self, key: Hashable, clip: np.ndarray) -> None:
+        with self._lock:
+            del self._pending[key]
+            self.decodes += 1
+            size = clip.nbytes + ENTRY_OVERHEAD_BYTES
+            if size > self._budget_bytes:
+                self.passed += 1
+            else:
+                self._clips[key] = clip
+                self._bytes += size
+                self._bytes_since_check += size
+            overdue = time.monotonic() - self._checked_at_s > CHECK_EVERY_S
+            if overdue or self._bytes_since_check > self._floor_bytes // 8:
+                self.follow_memory()
+            else:
+                self._purge()
+            if not self._watched:
+                self._watched = True
+                watch = partial(_watch, weakref.ref(self))
+                threading.Thread(target=watch, name="clip-cache-watch", daemon=True).start()
+
+    def _purge(self) -> bool:
+        """Drop what was used longest ago until the budget is kept; say whether anything went."""
+        before = self.purged
+        while self._bytes > self._budget_bytes:
+            _, clip = self._clips.popitem(last=False)
+            self._bytes -= clip.nbytes + ENTRY_OVERHEAD_BYTES
+            self.purged += 1
+        return self.purged > before
+
+
+@lru_cache(maxsize=1)
+def shared_cache() -> ClipCache:
+    """The cache of this process: training and development clips share one budget."""
+    return ClipCache()
+
+
+def with_reason(text: str, reason: str) -> str:
+    """A description and, where there is one, the reason for the choice."""
+    return f"{text} ({reason})" if reason else text
+
+
+def _frozen(clip: np.ndarray) -> np.ndarray:
+    clip = clip if clip.base is None else clip.copy()  # a view would keep its whole base in memory, uncounted
+    clip.setflags(write=False)
+    return clip
+
+
+def _call_weakly(reference: weakref.ref, method: str) -> None:
+    target = reference()
+    if target is not None:
+        getattr(target, method)()
+
+
+def _watch(reference: weakref.ref) -> None:
+    while (cache := reference()) is not None:
+        cache.follow_memory()
+        del cache
+        time.sleep(CHECK_EVERY_S)
+
+
+def _return_freed_memory() -> None:
+    """Make glibc give freed pages back: left alone it keeps those between live blocks."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
