@@ -12,11 +12,12 @@ for synthetic speech detection", Interspeech 2015), which LFCC-LCNN (arXiv 2103.
              -> orthonormal DCT-II, coefficients 0 .. 19
              -> delta[t] = c[t+1] - c[t-1] and, by the same formula, delta-delta; ends repeated
 
-Published systems differ in two choices, made here as follows: the floor inside the logarithm is that of single
-precision (the MATLAB baseline has 2.2e-16, which turns digital silence into an outlier that gives away processed
-files), and coefficient 0 is kept (one LCNN recipe replaces it by the log energy). The Hamming window is periodic,
-torch's default, where MATLAB's is symmetric. `torchaudio.transforms.LFCC` is something else: its decibel floor
-depends on the loudest frame of the clip, and it has neither pre-emphasis nor deltas.
+Published systems differ in two choices, made here as follows: the floor inside the logarithm is that of
+single precision (the MATLAB baseline has 2.2e-16, which makes an outlier of digital silence and so gives away
+processed files), and coefficient 0 is kept (one LCNN recipe replaces it by the log energy). The window is the
+periodic Hamming one, torch's default, where MATLAB has the symmetric one. `torchaudio.transforms.LFCC` is
+something else: its decibel floor depends on the loudest frame of the clip, and it has no pre-emphasis and no
+deltas.
 """
 
 from __future__ import annotations
@@ -68,8 +69,8 @@ class PowerSpectrum(nn.Module):
         self.n_fft, self.pre_emphasis = config.n_fft, config.pre_emphasis
         if not 1 <= self.hop_samples <= self.window_samples <= self.n_fft or not 0 <= self.pre_emphasis <= 1:
             raise ConfigError(
-                "spectral front end: expected 1 <= hop <= window <= n_fft and pre-emphasis in 0 .. 1, got hop "
-                f"{self.hop_samples}, window {self.window_samples}, n_fft {self.n_fft}, pre-emphasis "
+                "spectral front end: expected 1 <= hop <= window <= n_fft and pre-emphasis in 0 .. 1, got "
+                f"hop {self.hop_samples}, window {self.window_samples}, n_fft {self.n_fft}, pre-emphasis "
                 f"{self.pre_emphasis}"
             )
         self.n_bins = self.n_fft // 2 + 1
