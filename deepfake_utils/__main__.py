@@ -1,0 +1,216 @@
+"""The command line: `python -m deepfake_utils find | score | evaluate`.
+
+Exit codes: 0 done; 1 done except for recordings that could not be read, each named on standard error;
+2 bad input, said in one line; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+
+from deepfake_utils.conventions import LABEL_NAMES, ConfigError, DeepfakeUtilsError, atomic_write
+
+DONE, SOME_UNREADABLE, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str):
+        """Print what is wrong and leave with exit code 2."""
+        self.exit(BAD_INPUT, f"{self.prog}: {message} (--help tells more)\n")
+
+
+def find(options: argparse.Namespace) -> int:
+    """Print the corpora found, with their trials by split, label and attack."""
+    from deepfake_utils import corpora
+
+    for corpus in corpora.find_corpora(*options.folders, name=options.name):
+        print(f"{corpus.name}  {corpus.root}")
+        counts = corpus.counts()
+        for split, rows in counts.groupby("split", sort=False):
+            missing = int(rows["missing"].sum())
+            print(f"  {split:<6}{describe_counts(rows)}" + (f"; audio missing: {missing:,}" if missing else ""))
+            asv = corpus.asv_scores(split)
+            print(f"        ASV scores {asv}" if asv else "        no ASV scores: min t-DCF cannot be computed")
+    return DONE
+
+
+def describe_counts(rows) -> str:
+    """One split's trials: those of each label, and of each attack.
+
+    Args:
+        rows: frame with columns label, attack and trials.
+    """
+    parts = []
+    for label in reversed(LABEL_NAMES.values()):
+        of_label = rows[rows["label"] == label]
+        attacks = ", ".join(f"{attack} {n:,}" for attack, n in zip(of_label["attack"], of_label["trials"], strict=True))
+        several = f" ({attacks})" if len(of_label) > 1 else ""
+        parts.append(f"{of_label['trials'].sum():,} {label}{several}")
+    return ", ".join(parts)
+
+
+def score(options: argparse.Namespace) -> int:
+    """Score recordings into a CSV; name the unreadable ones."""
+    from deepfake_utils import scorefile, scoring
+
+    if options.onnx:
+        if options.model:
+            raise ConfigError("--model goes with --weights; an ONNX file needs no model name")
+        from deepfake_utils.export import OnnxScorer
+
+        model = OnnxScorer(options.onnx)
+    else:
+        from deepfake_utils.checkpoint import load_model
+
+        model = load_model(options.model, weights=options.weights)
+    scores = scoring.score_files(options.audio, model)
+    unreadable = scores.attrs["unreadable"]
+    for reason in unreadable.values():
+        print(f"unreadable: {reason}", file=sys.stderr)
+    if unreadable:
+        print(f"{len(unreadable):,} of {len(unreadable) + len(scores):,} recordings not scored", file=sys.stderr)
+    if options.out is None:
+        scores.to_csv(sys.stdout, index=False)
+    elif len(scores):
+        meta = {"score": scoring.SCORE_KIND, "weights": str(options.onnx or options.weights)}
+        scorefile.write_scores(options.out, scores, meta)
+        print(f"{len(scores):,} recordings scored into {options.out}; higher is more bona fide")
+    return SOME_UNREADABLE if unreadable else DONE
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    """Print the figures of a score file, and write them as JSON and HTML where asked."""
+    from deepfake_utils import evaluation, scorefile
+
+    scores = scorefile.read_scores(options.scores, options.higher_is)
+    protocol = scorefile.read_keys(options.protocol)
+    with warnings.catch_warnings(record=True):  # printed below, from the result
+        warnings.simplefilter("always")
+        result = evaluation.evaluate(
+            scores, protocol, options.asv_scores, by=options.by, phase=options.phase, n_bootstrap=options.n_bootstrap
+        )
+    print(table(result))
+    for note in result["warnings"]:
+        print(f"note: {note}", file=sys.stderr)
+    if options.json:
+        with atomic_write(options.json) as part:
+            part.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
+    if options.html:
+        from deepfake_utils import report
+
+        report.write_html(options.html, result, scores, protocol)
+    return DONE
+
+
+def table(result: dict) -> str:
+    """The figures of `evaluation.evaluate` for a terminal, rates in percent."""
+    speakers = f", {result['n_speakers']:,} speakers" if result["n_speakers"] else ""
+    lines = [
+        f"scores  {result['score_dialect']}; higher is more {result['higher_is']} in the file",
+        f"trials  {result['n_bonafide']:,} bona fide, {result['n_spoof']:,} spoof{speakers}",
+        "",
+        f"{'EER':<24}{100 * result['eer']:10.3f} %{interval(result['eer_ci'], 100)}   at {result['eer_threshold']:.4g}",
+    ]
+    for title, name in (
+        ("min t-DCF (2019)", "min_tdcf"), ("min t-DCF (2021 form)", "min_tdcf_revised"),
+        ("min DCF", "min_dcf"), ("actual DCF", "act_dcf"), ("Cllr", "cllr"), ("min Cllr", "min_cllr"), ("AUC", "auc"),
+    ):  # fmt: skip
+        value = "not without --asv-scores" if result[name] is None else f"{result[name]:10.4f}"
+        lines.append(f"{title:<24}{value}{interval(result.get(f'{name}_ci'), 1)}")
+    lines.append(f"{'accuracy':<24}{100 * result['accuracy']:10.2f} %   at the EER threshold")
+    if result["n_bootstrap"]:
+        unit = result["bootstrap_unit"]
+        lines.append(f"[{100 * result['confidence']:g} % intervals: {result['n_bootstrap']:,} bootstraps by {unit}]")
+    if result["per_attack"]:
+        lines += ["", f"{'attack':<16}{'trials':>10}{'EER %':>10}{'share of errors %':>20}"]
+        for attack, row in result["per_attack"].items():
+            lines.append(f"{attack:<16}{row['n']:>10,}{percent(row['eer']):>10}{percent(row['share_of_errors']):>20}")
+    for column, groups in result["by"].items():
+        lines += ["", f"{column:<16}{'bona fide':>10}{'spoof':>10}{'EER %':>10}   against"]
+        for value, row in groups.items():
+            counts = f"{row['n_bonafide']:>10,}{row['n_spoof']:>10,}"
+            lines.append(f"{value:<16}{counts}{percent(row['eer']):>10}   {row['against']}")
+    return "\n".join(lines)
+
+
+def interval(bounds: list[float] | None, factor: float) -> str:
+    """An interval after its value, or nothing.
+
+    >>> interval([0.01, 0.02], 100)
+    '  [1.00, 2.00]'
+    """
+    digits = 2 if factor == 100 else 4
+    return f"  [{factor * bounds[0]:.{digits}f}, {factor * bounds[1]:.{digits}f}]" if bounds else ""
+
+
+def percent(fraction: float | None) -> str:
+    """A fraction in percent, or a dash.
+
+    >>> percent(0.0106), percent(None)
+    ('1.06', '-')
+    """
+    return "-" if fraction is None else f"{100 * fraction:.2f}"
+
+
+def build_parser() -> Parser:
+    """The three commands and their arguments."""
+    parser = Parser(
+        prog="python -m deepfake_utils", description="Detect AI-generated speech: corpora, scores, figures."
+    )
+    commands = parser.add_subparsers(required=True, metavar="find | score | evaluate", parser_class=Parser)
+
+    command = commands.add_parser("find", help="list the corpora in folders", description=find.__doc__)
+    command.add_argument("folders", nargs="*", metavar="FOLDER", type=Path,
+                         help="where to look; default: DEEPFAKE_DATA, /kaggle/input, ./data")  # fmt: skip
+    command.add_argument("--name", help="only this corpus, for example asvspoof2019_la, or a Kaggle dataset owner/slug")
+    command.set_defaults(run=find)
+
+    command = commands.add_parser("score", help="score recordings", description=score.__doc__)
+    command.add_argument("audio", nargs="+", metavar="AUDIO_OR_FOLDER", type=Path, help="recordings of any format")
+    weights = command.add_mutually_exclusive_group(required=True)
+    weights.add_argument("--weights", metavar="FILE", type=Path, help="weights: .safetensors, or a published .pth")
+    weights.add_argument("--onnx", metavar="FILE", type=Path, help="an exported model instead of weights")
+    command.add_argument("--model", metavar="NAME", help="architecture, where no JSON beside the weights says it")
+    command.add_argument("--out", metavar="FILE.csv", type=Path, help="score file; default: standard output")
+    command.set_defaults(run=score)
+
+    command = commands.add_parser("evaluate", help="figures of a score file", description=evaluate.__doc__)
+    command.add_argument("scores", metavar="SCORES", type=Path, help="score file, any dialect")
+    command.add_argument("--protocol", metavar="FILE", type=Path, required=True,
+                         help="official protocol or key file, or a table with columns utterance and label")  # fmt: skip
+    command.add_argument("--asv-scores", metavar="FILE", type=Path, help="ASV scores of the same split, for the t-DCF")
+    command.add_argument("--higher-is", choices=("bonafide", "spoof"), help="what a high score in the file means")
+    command.add_argument("--by", metavar="COLUMN", action="append", help="break down by this column; may be repeated")
+    command.add_argument("--phase", help="ASVspoof 2021: only progress, eval or hidden")
+    command.add_argument("--n-bootstrap", metavar="N", type=int, default=1000, help="replicates; 0: no intervals")
+    command.add_argument("--json", metavar="FILE", type=Path, help="write all figures, rates as fractions")
+    command.add_argument("--html", metavar="FILE", type=Path, help="write one self-contained report page")
+    command.set_defaults(run=evaluate)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    options = build_parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except BrokenPipeError:  # the reader, `head` for example, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+    except (DeepfakeUtilsError, OSError) as problem:
+        print(f"deepfake_utils: {problem}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("deepfake_utils: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())
