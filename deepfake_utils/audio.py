@@ -217,7 +217,12 @@ def _decode(path: Path) -> tuple[np.ndarray, int]:
         if len(channels) == expected and not _is_cut_wav(path):
             return channels, rate_hz
         reason = f"{len(channels)} of {expected} samples decoded"
-    except (RuntimeError, TypeError, ValueError, OSError) as error:  # soundfile raises all of these on bad files
+    except (
+        RuntimeError,
+        TypeError,
+        ValueError,
+        OSError,
+    ) as error:  # soundfile raises all of these on bad files
         reason = str(error) or type(error).__name__
     try:
         return _decode_with_pyav(path)

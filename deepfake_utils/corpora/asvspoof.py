@@ -62,27 +62,16 @@ _ASVSPOOF5_PHASE1 = Layout(
 )
 
 
-def read_protocol_file(path: str | Path, kind: str | None = None, split: str = "eval") -> pd.DataFrame:
-    """Read one official protocol or key file, without looking for its audio.
+def read_list(path: Path, split: str = "eval") -> pd.DataFrame:
+    """Read one protocol or key file without looking for audio; its first line tells which kind it is.
 
-    Args:
-        path: the text file.
-        kind: a key of LAYOUTS; None recognises it from the first line (LA_E names of 5 columns are 2019's).
-        split: what to write in the `split` column.
-
-    Returns:
-        Protocol table with `path` "" in every row, plus that corpus's extra columns (`codec`, `phase`, `trim`, ...).
-
-    Raises:
-        CorpusError: naming file and line: not text, wrong number of columns, unknown label, duplicate utterance.
+    Names LA_E_... with 5 columns are ASVspoof 2019's, with 8 columns 2021's.
     """
-    path = Path(path)
     lines = text_lines(path)
-    kind = kind or recognise_line(lines[0])
-    if kind not in LAYOUTS:
-        raise CorpusError(f"{path} line 1: {lines[0][:80]!r} is no line of a known protocol ({', '.join(LAYOUTS)})")
-    table = make_table(_parse(path, lines, _layout(kind, lines)), kind)
-    return table.assign(split=split).drop(columns="line")
+    first = next(line for line in lines if line.strip())
+    if (kind := recognise_line(first)) is None:
+        raise CorpusError(f"{path} line 1: {first[:80]!r} is no line of a known protocol ({', '.join(LAYOUTS)})")
+    return make_table({**_parse(path, lines, _layout(kind, lines)), "split": split}, kind)
 
 
 def read(
@@ -134,7 +123,7 @@ def _parse(path: Path, lines: list[str], layout: Layout) -> dict[str, list]:
             width = len(fields)
         if len(fields) != width:
             raise CorpusError(
-                f"{path} line {number}: {len(fields)} columns, expected {width or ' or '.join(map(str, layout.widths))}: "
+                f"{path} line {number}: {len(fields)} columns, expected {width or layout.widths}: "
                 f"{line[:80]!r}; the file is truncated or is another kind of protocol"
             )
         label = _KEYS.get(fields[i_label])

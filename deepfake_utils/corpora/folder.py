@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from deepfake_utils.conventions import ConfigError, CorpusError
+from deepfake_utils.conventions import BONAFIDE, PROTOCOL_COLUMNS, SPOOF, ConfigError, CorpusError
 from deepfake_utils.corpora.trials import (
     SPLITS,
     UNKNOWN_SPEAKER,
@@ -27,6 +27,7 @@ from deepfake_utils.corpora.trials import (
 )
 
 MARKER_COLUMNS = {"path", "label"}
+_KNOWN_COLUMNS = {*PROTOCOL_COLUMNS, "family", "line"}  # others are carried along as text
 _SPLIT_WORDS = {
     **dict.fromkeys(("train", "training", "trn"), "train"),
     **dict.fromkeys(("dev", "development", "val", "valid", "validation"), "dev"),
@@ -68,34 +69,55 @@ def read_folders(root: Path) -> pd.DataFrame:
 
 
 def read_manifest(manifest: Path) -> pd.DataFrame:
-    """Read a manifest.csv; `utterance` is its path column, a missing recording has path "".
+    """Read a manifest.csv, or a protocol table that was written as CSV.
+
+    `utterance` is the column of that name, else `path`. Labels are words; 0 and 1 are understood only beside an
+    `utterance` column, that is in a table of ours, because elsewhere 1 often means spoof.
+
+    Args:
+        manifest: the file; relative paths in it start at its folder.
+
+    Returns:
+        Table from `make_table`; `path` is "" where the recording is missing.
 
     Raises:
         CorpusError: naming file and line: not text, a row too short or too long, unknown label or split, duplicate.
     """
-    rows = {name: [] for name in ("utterance", "path", "label", "attack", "speaker", "split", "line")}
+    rows: dict[str, list] = {name: [] for name in ("utterance", "path", "label", "attack", "speaker", "split", "line")}
     first_line: dict[str, int] = {}
     listings: dict[Path, set[str]] = {}
-    for number, row in csv_rows(manifest, MARKER_COLUMNS):
-        label, split = label_of(row["label"]), split_of(row.get("split") or "eval")
-        if label is None or split is None:
-            word, expected = (
-                (row["label"], "bonafide or spoof") if label is None else (row["split"], " or ".join(SPLITS))
-            )
-            raise CorpusError(f"{manifest} line {number}: unknown word {word!r}, expected {expected}")
-        if (earlier := first_line.setdefault(row["path"], number)) != number:
-            raise CorpusError(f"{manifest} line {number}: {row['path']} already stands on line {earlier}")
-        path = manifest.parent / row["path"]
-        if path.parent not in listings:
-            listings[path.parent] = set(audio_names(path.parent))
-        rows["utterance"].append(row["path"])
-        rows["path"].append(os.fspath(path) if path.name in listings[path.parent] else "")
+    for number, row in csv_rows(manifest, ("label",)):
+        where, utterance = f"{manifest} line {number}", row.get("utterance") or row.get("path")
+        if not utterance:
+            raise CorpusError(f"{where}: neither path nor utterance is given; one of these columns must be filled")
+        ours = {"0": SPOOF, "1": BONAFIDE} if row.get("utterance") else {}
+        if (label := ours.get(row["label"], label_of(row["label"]))) is None:
+            raise CorpusError(f"{where}: unknown label {row['label']!r}, expected bonafide or spoof")
+        if (split := split_of(row.get("split") or "eval")) is None:
+            raise CorpusError(f"{where}: unknown split {row['split']!r}, expected train, dev or eval")
+        if (earlier := first_line.setdefault(utterance, number)) != number:
+            raise CorpusError(f"{where}: {utterance} already stands on line {earlier}")
+        rows["utterance"].append(utterance)
+        rows["path"].append(_present(manifest.parent, row.get("path"), listings))
         rows["label"].append(label)
         rows["attack"].append(attack_or_none(label, (row.get("attack") or row.get("family") or "").strip()))
         rows["speaker"].append((row.get("speaker") or "").strip() or UNKNOWN_SPEAKER)
         rows["split"].append(split)
         rows["line"].append(number)
+        for name in row:
+            if name not in _KNOWN_COLUMNS:
+                rows.setdefault(name, []).append(row[name])
     return make_table(rows, manifest.parent.name)
+
+
+def _present(start: Path, name: str | None, listings: dict[Path, set[str]]) -> str:
+    """Absolute path of a recording, "" if it is not there; each folder is listed once."""
+    if not name:
+        return ""
+    path = (start / name).absolute()
+    if path.parent not in listings:
+        listings[path.parent] = set(audio_names(path.parent))
+    return os.fspath(path) if path.name in listings[path.parent] else ""
 
 
 def assign_splits(
@@ -147,14 +169,18 @@ def _label_folders(root: Path) -> Iterator[tuple[str, int, Path]]:
     for folder in _subfolders(root):
         label, split = label_of(folder.name), split_of(folder.name)
         if label is not None:
-            yield "eval", label, folder
+            yield split_of(root.name) or "eval", label, folder
         elif split is not None:
             yield from ((split, label_of(f.name), f) for f in _subfolders(folder) if label_of(f.name) is not None)
 
 
 def _subfolders(folder: Path) -> list[Path]:
-    with os.scandir(folder) as entries:
-        return sorted(Path(entry.path) for entry in entries if not split_audio_name(entry.name)[1] and entry.is_dir())
+    try:
+        with os.scandir(folder) as entries:
+            inside = (entry for entry in entries if not split_audio_name(entry.name)[1])
+            return sorted(Path(entry.path) for entry in inside if entry.is_dir())
+    except OSError as error:
+        raise CorpusError(f"{folder} cannot be listed: {error.strerror}") from None
 
 
 def _recordings(folder: Path) -> Iterator[str]:

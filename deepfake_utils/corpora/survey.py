@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from deepfake_utils.conventions import BONAFIDE, SPOOF
 from deepfake_utils.corpora import folder, in_the_wild
 from deepfake_utils.corpora.asvspoof import recognise_line
 from deepfake_utils.corpora.trials import label_of, split_audio_name
@@ -21,6 +22,7 @@ from deepfake_utils.corpora.trials import label_of, split_audio_name
 MAX_DEPTH = 9  # /kaggle/input/datasets/<owner>/<slug>/LA/LA/ASVspoof2019_LA_train/flac is 7 below /kaggle/input
 MAX_FOLDERS = 20_000
 AUDIO_ENOUGH = 1_000
+LABEL_FOLDERS_TRIED = 100
 
 DEMO_MARKER = "DEMO.json"
 _PROTOCOL_2019 = re.compile(r"(?:asvspoof2019|demo)[._](la|pa)[._]cm[._](train|dev|eval)[._]tr[nl]\.txt")
@@ -81,17 +83,17 @@ class _Listing(NamedTuple):
     n_audio: int
 
 
-def survey(places: Iterable[Path]) -> Survey:
+def survey(places: Iterable[Path], max_depth: int = MAX_DEPTH) -> Survey:
     """Walk the places breadth first, following links, each real folder once."""
     found = Survey([Path(place) for place in places])
     seen: set[str] = set()
     for place in found.places:
-        found.notes.append(_walk(place, found, seen))
-    found.labelled = _without_splits(found.labelled)
+        found.notes.append(_walk(place, max_depth, found, seen))
+    found.labelled = _roots(found.labelled, found.places)
     return found
 
 
-def _walk(place: Path, found: Survey, seen: set[str]) -> str:
+def _walk(place: Path, max_depth: int, found: Survey, seen: set[str]) -> str:
     """Survey one place; returns its note."""
     if not place.is_dir():
         return f"{place}: {'a file, not a folder' if place.exists() else 'does not exist'}"
@@ -111,9 +113,9 @@ def _walk(place: Path, found: Survey, seen: set[str]) -> str:
         if depth == 0:
             top = sorted(entry.name + "/" for entry in listing.inside) + sorted(listing.files)
         _note_markers(Path(here), listing, found)
-        if depth < MAX_DEPTH:
+        if depth < max_depth:
             queue.extend(
-                (entry.path, os.path.realpath(entry.path) if entry.is_symlink() else f"{real}/{entry.name}", depth + 1)
+                (entry.path, _real(entry, real), depth + 1)
                 for entry in sorted(listing.inside, key=lambda entry: entry.name)
             )
     n_audio = sum(place.absolute() in (audio, *audio.parents) for audio in found.audio)
@@ -152,17 +154,41 @@ def _is_folder(entry: os.DirEntry) -> bool:
         return False
 
 
+def _real(entry: os.DirEntry, parent: str) -> str:
+    return os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(parent, entry.name)
+
+
 def _note_markers(here: Path, listing: _Listing, found: Survey) -> None:
     for name in set(listing.files):
         _note_file(here / name, found)
     if listing.n_audio:
         found.audio[here] = listing.families
     labels = {entry: label_of(entry.name) for entry in listing.inside}
-    if {0, 1} <= set(labels.values()):
+    if not {SPOOF, BONAFIDE} <= set(labels.values()):
+        return
+    inside = [entry for entry, label in labels.items() if label is not None]
+    holding = [entry.path for entry in inside if _note_label_folder(entry.path, found)]
+    if len(holding) == len(inside):
         found.labelled.append(here)
-        for entry, label in labels.items():  # their recordings are listed when the protocol is read
-            if label is not None:
-                listing.inside.remove(entry)
+        for entry in inside:  # all below is one corpus, listed in full when its protocol is read
+            listing.inside.remove(entry)
+
+
+def _note_label_folder(path: str, found: Survey) -> bool:
+    """Whether recordings lie in a label folder or not far below it; pictures may be labelled real and fake, too."""
+    queue, n_folders = deque([path]), 0
+    while queue and n_folders < LABEL_FOLDERS_TRIED:
+        here = queue.popleft()
+        n_folders += 1
+        try:
+            listing = _list(here)
+        except OSError:
+            continue
+        if listing.n_audio:
+            found.audio[Path(here)] = listing.families
+            return True
+        queue.extend(entry.path for entry in listing.inside)
+    return False
 
 
 def _note_file(path: Path, found: Survey) -> None:
@@ -201,6 +227,7 @@ def _has_columns(path: Path, wanted: set[str]) -> bool:
     return wanted <= {word.strip().strip('"').lower() for word in _first_line(path).split(",")}
 
 
-def _without_splits(labelled: list[Path]) -> list[Path]:
-    """Roots of plain folders: train/ and eval/ that hold label folders make one corpus, their parent."""
-    return sorted({path.parent if folder.split_of(path.name) else path for path in labelled})
+def _roots(labelled: list[Path], places: list[Path]) -> list[Path]:
+    """Roots of plain folders: train/ and eval/ that hold label folders make one corpus, their parent (if surveyed)."""
+    starts = {place.absolute() for place in places}
+    return sorted({path.parent if folder.split_of(path.name) and path not in starts else path for path in labelled})

@@ -65,7 +65,7 @@ def text_lines(path: Path) -> list[str]:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise CorpusError(
-            f"{path} line {line}: not text ({error.reason}); the file is damaged or is not a protocol, download it again"
+            f"{path} line {line}: not text ({error.reason}); it is damaged or is no protocol, download it again"
         ) from None
     if not any(line.strip() for line in lines):
         raise CorpusError(f"{path} is empty; download it again")
@@ -78,15 +78,16 @@ def csv_rows(path: Path, columns: Collection[str]) -> Iterator[tuple[int, dict[s
     Raises:
         CorpusError: not text, a column of `columns` is absent, or a row has too few or too many fields.
     """
-    reader = csv.DictReader(text_lines(path), strict=True, restkey="", skipinitialspace=True)
+    reader = csv.DictReader(text_lines(path), strict=True, skipinitialspace=True)
     reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
     if absent := set(columns) - set(reader.fieldnames):
         raise CorpusError(f"{path} line 1: no column {', '.join(sorted(absent))}; its columns are {reader.fieldnames}")
     try:
         for row in reader:
-            if "" in row or None in row.values():
+            if None in row or None in row.values():
                 raise CorpusError(
-                    f"{path} line {reader.line_num}: not {len(reader.fieldnames)} fields; the file is truncated or damaged"
+                    f"{path} line {reader.line_num}: not {len(reader.fieldnames)} fields; "
+                    "the file is truncated or damaged"
                 )
             yield reader.line_num, row
     except csv.Error as error:
@@ -174,7 +175,8 @@ def drop_missing(
     kept.attrs["dropped"] = Utterances(table.loc[absent, "utterance"])
     if not absent.any():
         return kept
-    text = "; ".join(_missing_text(table, absent, split, folders.get(split, ())) for split in lists)
+    present = [split for split in SPLITS if (table["split"] == split).any()]
+    text = "; ".join(_missing_text(table, absent, split, folders.get(split, ())) for split in present)
     first = table.loc[absent].iloc[0]
     where = f"{lists[first['split']]} line {first['line']}"
     if kept.empty or not allow_missing:
@@ -192,7 +194,10 @@ def _missing_text(table: pd.DataFrame, absent: pd.Series, split: str, folders: I
     how_many = "none" if len(names) == here.sum() else f"{int(here.sum()) - len(names):,}"
     where = ", ".join(map(str, folders)) or "no folder with such recordings was found"
     shown = ", ".join(names.iloc[:3]) + (", ..." if len(names) > 3 else "")
-    return f"{split}: {how_many} of {int(here.sum()):,} recordings present, missing {len(names):,} ({shown}); looked in {where}"
+    return (
+        f"{split}: {how_many} of {int(here.sum()):,} recordings present, "
+        f"missing {len(names):,} ({shown}); looked in {where}"
+    )
 
 
 def fingerprint(protocol: pd.DataFrame) -> str:
