@@ -8,8 +8,11 @@ import torch
 from torch import nn
 
 from deepfake_utils.conventions import ConfigError
-from deepfake_utils.models import aasist
+from deepfake_utils.models import aasist, rawnet2
 from deepfake_utils.models.aasist import AASIST, AASISTConfig
+from deepfake_utils.models.lcnn import LCNN, LCNNConfig
+from deepfake_utils.models.rawnet2 import RawNet2, RawNet2Config
+from deepfake_utils.models.resnet import ResNet18, ResNetConfig
 
 # name -> (class, its configuration). A variant is another configuration, not another class.
 MODELS: dict[str, tuple[type[nn.Module], object]] = {
@@ -24,11 +27,20 @@ MODELS: dict[str, tuple[type[nn.Module], object]] = {
             branch_keep=0.7,
         ),
     ),
+    "rawnet2": (RawNet2, RawNet2Config()),
+    "rawnet2-learnable": (RawNet2, RawNet2Config(sinc_learnable=True)),
+    "lfcc-lcnn": (LCNN, LCNNConfig()),
+    "lfcc-lcnn-lstm": (LCNN, LCNNConfig(pooling="lstm-sum")),
+    "lfcc-resnet18": (ResNet18, ResNetConfig()),
 }
 
 
 # name -> how the tensors of the published weights file are called here
-PUBLISHED_NAMES = {"aasist": aasist.published_state_dict, "aasist-l": aasist.published_state_dict}
+PUBLISHED_NAMES = {
+    "aasist": aasist.published_state_dict,
+    "aasist-l": aasist.published_state_dict,
+    "rawnet2": rawnet2.published_state_dict,
+}
 
 
 def build_model(name: str, *, generator: torch.Generator | None = None, **overrides) -> nn.Module:

@@ -122,10 +122,7 @@ class RawNet2(nn.Module):
             AudioError: the waveforms are not (B, T) or shorter than `min_samples`.
         """
         check_waveform(waveform, self.min_samples)
-        if torch.onnx.is_in_onnx_export():
-            bands = self.sinc(waveform)
-        else:
-            bands = filter_by_fft(waveform, self.sinc.filters())
+        bands = self._filter(waveform)
         if band_mask is not None:
             bands = bands * band_mask.to(bands)[..., None]
         x = F.selu(self.norm(F.max_pool1d(bands.abs(), 3)))
@@ -135,6 +132,11 @@ class RawNet2(nn.Module):
         _, last = self.gru(frames)
         embedding = self.embed(last[-1])
         return CMOutput(self.output(embedding), embedding)
+
+    def _filter(self, waveform: Tensor) -> Tensor:
+        if torch.onnx.is_in_onnx_export():  # ONNX knows no complex numbers
+            return self.sinc(waveform)
+        return filter_by_fft(waveform, self.sinc.filters())
 
 
 def filter_by_fft(waveform: Tensor, filters: Tensor) -> Tensor:
