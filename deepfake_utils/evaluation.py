@@ -85,10 +85,10 @@ def evaluate(
     points = metrics.det_points(score, label)
     eer = metrics.eer_of(points)
     if eer.eer > 0.5:
+        other = "spoof" if scores.higher_is == "bonafide" else "bonafide"
         notes.add(
             f"EER is {eer.eer:.1%}, above 50 %: the scores seem to point the other way; if a high score "
-            "means spoof, say "
-            "--higher-is spoof (higher_is='spoof' in Python)"
+            f"means {other}, say --higher-is {other} (higher_is={other!r} in Python)"
         )
     at = eer.threshold if threshold is None else float(threshold)
     clusters, unit = _clusters(trials, notes) if n_bootstrap else (None, None)
@@ -144,8 +144,7 @@ def _as_scores(scores: str | os.PathLike | Scores | pd.DataFrame, higher_is: str
         if higher_is not in (None, scores.higher_is):
             raise ConfigError(
                 f"these scores were read with higher_is={scores.higher_is!r}, now {higher_is!r} is asked "
-                "for; read them "
-                "again with the right one"
+                "for; read them again with the right one"
             )
         return scores
     if not isinstance(scores, pd.DataFrame):

@@ -86,8 +86,7 @@ def check_trials(scores: ArrayLike, labels: ArrayLike) -> tuple[np.ndarray, np.n
     if bad.size:
         raise ScoreError(
             f"{bad.size} of {scores.size} scores are not finite (first: {scores[bad[0]]} at position "
-            f"{bad[0]}); a countermeasure that overflows, e.g. in fp16, writes such scores: score again in "
-            "fp32"
+            f"{bad[0]}); half precision that overflows writes such scores: score again in fp32"
         )
     is_bonafide, is_spoof = labels == 1, labels == 0
     if not np.all(is_bonafide | is_spoof):

@@ -15,18 +15,19 @@ from __future__ import annotations
 import csv
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from deepfake_utils.conventions import BONAFIDE, NO_ATTACK, SPOOF, ScoreError, atomic_write
-from deepfake_utils.corpora.asvspoof import read_protocol_file
+from deepfake_utils.conventions import BONAFIDE, LABEL_NAMES, NO_ATTACK, SPOOF, ScoreError, atomic_write
 
 KEYS = {
-    **dict.fromkeys(("bonafide", "bona-fide", "bona_fide", "genuine", "human", "real"), BONAFIDE),
-    **dict.fromkeys(("spoof", "spoofed", "fake"), SPOOF),
+    **dict.fromkeys(("bonafide", "bona-fide", "bona_fide", "genuine", "human", "real", "1"), BONAFIDE),
+    **dict.fromkeys(("spoof", "spoofed", "fake", "0"), SPOOF),
 }
 _ALIASES = {
     "utterance": (
@@ -42,7 +43,7 @@ _ALIASES = {
     ),
     "path": ("path", "filepath", "file_path"),
     "score": ("score", "cm-score", "cm_score", "scores", "cmscore"),
-    "key": ("key", "cm-label", "cm_label"),
+    "key": ("key", "label", "cm-label", "cm_label"),
     "attack": ("attack", "attack_id", "system"),
 }
 _COLUMN_OF = {alias: column for column, aliases in _ALIASES.items() for alias in aliases}
@@ -51,6 +52,8 @@ _HEADERLESS = {
     3: ("utterance", "key", "score"),
     4: ("utterance", "attack", "key", "score"),
 }
+_ASV_KEYS = {"target", "nontarget", "spoof"}
+_UNNAMED = (NO_ATTACK, "unknown", "spoof")  # attacks that say nothing
 _SHOWN = 3  # trials named in an error
 
 
@@ -84,27 +87,32 @@ def read_scores(path: str | os.PathLike, higher_is: str | None = None) -> Scores
     higher_is = higher_is or meta.get("higher_is") or "bonafide"
     if higher_is not in ("bonafide", "spoof"):
         raise ScoreError(f"higher_is must be 'bonafide' or 'spoof', got {higher_is!r}")
-    rows, line_numbers, separator = _split_lines(path)
-    rows, line_numbers, columns, has_header = _name_columns(path, rows, line_numbers)
-    frame = pd.DataFrame(rows, columns=columns)
-    score = _parse_scores(path, frame["score"], line_numbers)
+    lines = _read_lines(path)
+    head = lines.header()
+    if "score" in head:
+        frame, header = lines.table(head, skip=1), "header"
+    elif len(head) in _HEADERLESS:
+        frame, header = lines.table(_HEADERLESS[len(head)]), "no header"
+    else:
+        raise ScoreError(
+            f"{lines.at(0)}: {len(head)} columns; without a header a score file has `utterance score`, "
+            "`utterance key score` or `utterance attack key score`; otherwise its header must name `score`"
+        )
+    dialect = f"{lines.separator}, {header}: {' '.join(frame.columns)}"
+    score = _parse_scores(lines, frame["score"])
     frame["score"] = -score if higher_is == "spoof" else score
-    if "utterance" not in frame:
-        frame.insert(0, "utterance", [Path(name).stem for name in frame["path"]])
     if "key" in frame:
-        _labels(path, frame["key"], line_numbers)
+        frame["key"] = [LABEL_NAMES[label] for label in _labels(lines, frame["key"])]
+    frame = _named_by_utterance(lines, frame)
     repeated = np.flatnonzero(frame["utterance"].duplicated())
     if repeated.size:
-        first = repeated[0]
         raise ScoreError(
-            f"{path}, line {line_numbers[first]}: utterance {frame['utterance'].iloc[first]!r} has a score "
-            "already "
-            f"({repeated.size} repeated in all); every trial needs exactly one score"
+            f"{lines.at(frame.index[repeated[0]])}: {frame['utterance'].iloc[repeated[0]]!r} has a score "
+            f"already ({repeated.size} repeated in all); every trial needs exactly one score"
         )
-    for column in frame.columns.difference(["utterance", "path", "score", "key", "attack"]):
-        frame[column] = _numbers_if_all_are(frame[column])
-    dialect = f"{separator}, {'header' if has_header else 'no header'}: {' '.join(map(str, columns))}"
-    return Scores(frame, dialect, higher_is, path, meta)
+    text = {"utterance", "path", "score", "key", "attack"}
+    frame = frame.apply(lambda column: column if column.name in text else _numbers_if_all_are(column))
+    return Scores(frame.reset_index(drop=True), dialect, higher_is, path, meta)
 
 
 def write_scores(path: str | os.PathLike, frame: pd.DataFrame, meta: dict | None = None) -> Path:
@@ -116,14 +124,14 @@ def write_scores(path: str | os.PathLike, frame: pd.DataFrame, meta: dict | None
     Raises ScoreError on NaN, infinity or repetition.
     """
     if "score" not in frame or not {"utterance", "path"} & set(frame.columns):
-        raise ScoreError(f"a score file needs `score` and `utterance` or `path`, got columns {list(frame.columns)}")
+        raise ScoreError(f"a score file needs `score` and `utterance` or `path`, got {list(frame.columns)}")
     name = "utterance" if "utterance" in frame else "path"
     bad = frame.loc[~np.isfinite(frame["score"].to_numpy(np.float64)), name]
     if len(bad):
-        raise ScoreError(f"{path}: {len(bad)} scores are not finite, first that of {bad.iloc[0]!r}; nothing written")
+        raise ScoreError(f"{path} not written: {len(bad)} scores are not finite, first {bad.iloc[0]!r}'s")
     repeated = frame.loc[frame[name].duplicated(), name]
     if len(repeated):
-        raise ScoreError(f"{path}: {repeated.iloc[0]!r} has more than one score; nothing written")
+        raise ScoreError(f"{path} not written: {repeated.iloc[0]!r} has more than one score")
     about = {"score": "countermeasure score", **(meta or {})}
     about |= {"higher_is": "bonafide", "columns": list(frame.columns), "n_trials": len(frame)}
     text = json.dumps(about, indent=2, ensure_ascii=False) + "\n"  # before the CSV: bad meta leaves no half
@@ -169,29 +177,20 @@ def read_asv_scores(path: str | os.PathLike) -> pd.DataFrame:
     codec, phase and trim columns come along. Raises ScoreError naming file and line.
     """
     path = Path(path)
-    rows, line_numbers, _ = _split_lines(path)
-    for row, number in zip(rows, line_numbers, strict=True):
-        if len(row) != 3:
-            raise ScoreError(
-                f"{path}, line {number}: {len(row)} columns; an ASV score file has three, `attack key score` "
-                "(ASVspoof 2019) or `speaker utterance score` (2021)"
-            )
-    frame = pd.DataFrame(rows, columns=["attack", "key", "score"])
-    frame["score"] = _parse_scores(path, frame["score"], line_numbers)
-    if frame["key"].isin(["target", "nontarget", "spoof"]).all():
+    lines = _read_lines(path)
+    frame = lines.table(("attack", "key", "score"))
+    frame["score"] = _parse_scores(lines, frame["score"])
+    strange = ~frame["key"].isin(_ASV_KEYS)
+    if not strange.any():
         frame["attack"] = frame["attack"].mask(frame["key"] != "spoof", NO_ATTACK)
         return frame
-    metadata = next(
-        (p for p in (path.parent / "trial_metadata.txt", path.parent.parent / "trial_metadata.txt") if p.is_file()),
-        None,
-    )
+    beside = [folder / "trial_metadata.txt" for folder in (path.parent, path.parent.parent)]
+    metadata = next((candidate for candidate in beside if candidate.is_file()), None)
     if metadata is None:
-        bad = np.flatnonzero(~frame["key"].isin(["target", "nontarget", "spoof"]))[0]
         raise ScoreError(
-            f"{path}, line {line_numbers[bad]}: second column {frame['key'].iloc[bad]!r} is not target, "
-            "nontarget or "
-            "spoof; if this is an ASVspoof 2021 file, put its ASV/trial_metadata.txt beside it or one "
-            "folder above"
+            f"{lines.at(strange.argmax())}: {frame['key'][strange.argmax()]!r} is not target, nontarget or "
+            "spoof; an ASV score file has `attack key score` (2019) or `speaker utterance score` (2021, with "
+            "its ASV/trial_metadata.txt beside it or one folder above)"
         )
     return _join_asv_2021(path, frame, metadata)
 
@@ -204,104 +203,107 @@ def read_keys(path: str | os.PathLike) -> pd.DataFrame:
     `path`) and `label` (or `key`, `cm-label`; 1/0 or bonafide/spoof); its other columns come along. attack
     and speaker are "-" where it has none. Raises ScoreError or CorpusError naming file and line.
     """
-    path = Path(path)
-    rows, line_numbers, separator = _split_lines(path)
-    head = [_COLUMN_OF.get(name.strip().lower(), name.strip()) for name in rows[0]]
-    if "label" in head:
-        head[head.index("label")] = "key"
-    if separator == "whitespace" or "key" not in head:
+    lines = _read_lines(Path(path))
+    head = lines.header()
+    if lines.separator == "whitespace" or "key" not in head:
+        from deepfake_utils.corpora import read_protocol_file  # brings audio reading, which scores need not
+
         return read_protocol_file(path)
-    rows, line_numbers = _check_width(path, head, rows[1:], line_numbers[1:])
-    frame = pd.DataFrame(rows, columns=head)
-    if "utterance" not in frame:
-        if "path" not in frame:
-            raise ScoreError(f"{path}: its header names neither utterance nor path: {', '.join(rows[0])}")
-        frame.insert(0, "utterance", [Path(name).stem for name in frame["path"]])
-    frame["label"] = _labels(path, frame.pop("key"), line_numbers)
+    frame = _named_by_utterance(lines, lines.table(head, skip=1))
+    frame.insert(1, "label", _labels(lines, frame.pop("key")))
     for column in ("attack", "speaker"):
         if column not in frame:
             frame[column] = NO_ATTACK
     frame["attack"] = frame["attack"].mask(frame["label"] == BONAFIDE, NO_ATTACK)
-    return frame.apply(lambda c: c if c.name in ("utterance", "attack", "speaker") else _numbers_if_all_are(c))
+    text = {"utterance", "path", "attack", "speaker"}
+    frame = frame.apply(lambda column: column if column.name in text else _numbers_if_all_are(column))
+    return frame.reset_index(drop=True)
 
 
-def _split_lines(path: Path) -> tuple[list[list[str]], list[int], str]:
-    """Fields and line number of every line that says something, and the name of the separator."""
+class _Lines(NamedTuple):
+    """The lines of a text file that say something, split into fields."""
+
+    path: Path
+    rows: list[list[str]]
+    numbers: list[int]
+    separator: str
+
+    def at(self, row: int) -> str:
+        return f"{self.path}, line {self.numbers[row]}"
+
+    def header(self) -> list[str]:
+        """The first line's fields under this module's names, whether or not it is a header."""
+        return [_COLUMN_OF.get(name.lower(), name) for name in self.rows[0]]
+
+    def table(self, columns: Sequence[str], skip: int = 0) -> pd.DataFrame:
+        """All rows but the first `skip` as text, indexed by their position here; refuses ragged ones."""
+        if len(set(columns)) != len(columns):
+            raise ScoreError(f"{self.path}: two columns of the header mean the same: {self.rows[0]}")
+        rows = self.rows[skip:]
+        if not rows:
+            raise ScoreError(f"{self.path} has a header and no trials")
+        if set(map(len, rows)) != {len(columns)}:
+            bad = next(i for i, row in enumerate(self.rows) if len(row) != len(columns))
+            raise ScoreError(
+                f"{self.at(bad)}: {len(self.rows[bad])} columns, expected {len(columns)} ({', '.join(columns)}): "
+                f"{' '.join(self.rows[bad])[:80]!r}; names that hold spaces need a comma separated file"
+            )
+        by_column = zip(columns, zip(*rows, strict=True), strict=True)
+        return pd.DataFrame({name: list(values) for name, values in by_column}, index=range(skip, len(self.rows)))
+
+
+def _read_lines(path: Path) -> _Lines:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ScoreError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise ScoreError(f"{path} is not a text file ({error.reason} at byte {error.start})") from None
-    lines = [(line, number) for number, line in enumerate(text.splitlines(), start=1)]
-    lines = [(line, number) for line, number in lines if line.strip() and not line.startswith("#")]
-    if not lines:
+    lines = text.splitlines()
+    first = next((line for line in lines if line.strip() and not line.startswith("#")), None)
+    if first is None:
         raise ScoreError(f"{path} is empty")
-    first = lines[0][0]
-    if "\t" in first or "," in first:
-        separator, sign = ("tab separated", "\t") if "\t" in first else ("comma separated", ",")
-        rows = [[value.strip() for value in row] for row in csv.reader((line for line, _ in lines), delimiter=sign)]
+    separator = "tab" if "\t" in first else "comma" if "," in first else "whitespace"
+    if separator == "whitespace":
+        rows = [line.split() for line in lines]
     else:
-        separator, rows = "whitespace", [line.split() for line, _ in lines]
-    return rows, [number for _, number in lines], separator
+        sign = {"tab": "\t", "comma": ","}[separator]
+        rows = [[value.strip() for value in next(csv.reader([line], delimiter=sign), ())] for line in lines]
+    said = [i for i, line in enumerate(lines) if line.strip() and not line.startswith("#")]
+    return _Lines(path, [rows[i] for i in said], [i + 1 for i in said], separator)
 
 
-def _check_width(path: Path, columns, rows: list, line_numbers: list[int]) -> tuple[list, list[int]]:
-    """Refuse a table without rows, or with a row of another length than its columns."""
-    if not rows:
-        raise ScoreError(f"{path} has a header and no trials")
-    for row, number in zip(rows, line_numbers, strict=True):
-        if len(row) != len(columns):
-            raise ScoreError(
-                f"{path}, line {number}: {len(row)} columns where {len(columns)} ({', '.join(columns)}) are "
-                "expected: "
-                f"{' '.join(row)[:80]!r}; names that contain spaces need a comma separated file"
-            )
-    return rows, line_numbers
+def _named_by_utterance(lines: _Lines, frame: pd.DataFrame) -> pd.DataFrame:
+    """The frame with an utterance column, taken from path stems where it has none."""
+    if "utterance" in frame:
+        return frame
+    if "path" not in frame:
+        raise ScoreError(f"{lines.path}: its header names neither utterance nor path: {lines.rows[0]}")
+    stems = [PurePath(name.replace("\\", "/")).stem for name in frame["path"]]
+    return frame.assign(utterance=stems)[["utterance", *frame.columns]]
 
 
-def _name_columns(path: Path, rows: list, line_numbers: list[int]) -> tuple[list, list[int], list[str], bool]:
-    """Rows without their header, and the columns' names."""
-    head = [_COLUMN_OF.get(name.lower(), name) for name in rows[0]]
-    if "score" in head:
-        if not {"utterance", "path"} & set(head):
-            raise ScoreError(f"{path}: its header names neither utterance nor path: {', '.join(rows[0])}")
-        if len(set(head)) != len(head):
-            raise ScoreError(f"{path}: two columns of its header mean the same: {', '.join(rows[0])}")
-        return *_check_width(path, head, rows[1:], line_numbers[1:]), head, True
-    if len(rows[0]) not in _HEADERLESS:
-        raise ScoreError(
-            f"{path}, line {line_numbers[0]}: {len(rows[0])} columns; without a header a score file has "
-            "`utterance score`, "
-            "`utterance key score` or `utterance attack key score`; otherwise its header must name `score`"
-        )
-    columns = list(_HEADERLESS[len(rows[0])])
-    return *_check_width(path, columns, rows, line_numbers), columns, False
-
-
-def _parse_scores(path: Path, texts: pd.Series, line_numbers: list[int]) -> np.ndarray:
+def _parse_scores(lines: _Lines, texts: pd.Series) -> np.ndarray:
     """Scores as finite float64."""
-    scores = pd.to_numeric(texts, errors="coerce").to_numpy(np.float64)
+    try:
+        scores = texts.to_numpy(dtype=object).astype(np.float64)
+    except ValueError:
+        scores = pd.to_numeric(texts, errors="coerce").to_numpy(np.float64)
     bad = np.flatnonzero(~np.isfinite(scores))
     if bad.size:
-        first = bad[0]
         raise ScoreError(
-            f"{path}, line {line_numbers[first]}: score {texts.iloc[first]!r} is not a finite number "
-            f"({bad.size} such in "
-            "all); the score is the last column, or the one a header names `score`"
+            f"{lines.at(texts.index[bad[0]])}: score {texts.iloc[bad[0]]!r} is not a finite number "
+            f"({bad.size} such in all); the score is the last column, or the one that a header names `score`"
         )
-    # Parsed again by numpy: every digit counts, and pandas' fast parser may differ in the last one.
-    return texts.to_numpy(dtype=object).astype(np.float64)
+    return scores
 
 
-def _labels(path: Path, keys: pd.Series, line_numbers: list[int]) -> np.ndarray:
+def _labels(lines: _Lines, keys: pd.Series) -> np.ndarray:
     """Keys (bonafide/spoof or 1/0) as labels."""
-    labels = keys.str.lower().map(KEYS | {"1": BONAFIDE, "0": SPOOF})
-    bad = np.flatnonzero(labels.isna())
-    if bad.size:
-        raise ScoreError(
-            f"{path}, line {line_numbers[bad[0]]}: key {keys.iloc[bad[0]]!r} is neither bonafide nor spoof"
-        )
+    labels = keys.str.lower().map(KEYS)
+    if labels.isna().any():
+        bad = labels.isna().idxmax()
+        raise ScoreError(f"{lines.at(bad)}: key {keys[bad]!r} is neither bonafide nor spoof")
     return labels.to_numpy(np.int64)
 
 
@@ -320,7 +322,7 @@ def _read_companion(path: Path) -> dict:
     try:
         meta = json.loads(companion.read_text(encoding="utf-8"))
     except (ValueError, UnicodeDecodeError) as error:
-        raise ScoreError(f"{companion} is not the JSON that explains {path.name}: {error}; mend or remove it") from None
+        raise ScoreError(f"{companion} is not the JSON that explains {path.name}: {error}") from None
     if not isinstance(meta, dict):
         raise ScoreError(f"{companion} must hold one JSON object, found {type(meta).__name__}")
     return meta
@@ -335,9 +337,8 @@ def _named(utterances: pd.Series) -> str:
 def _mismatch_text(where: str, missing: pd.Series, extra: pd.Series, n_protocol: int, n_scores: int) -> str:
     if len(missing) == n_protocol:
         return (
-            f"{where}no trial in common: the protocol has {n_protocol} such as {missing.iloc[0]!r}, the "
-            "scores "
-            f"{n_scores} such as {extra.iloc[0]!r}; they belong to different corpora or splits"
+            f"{where}no trial in common: the protocol has {n_protocol} such as {missing.iloc[0]!r}, "
+            f"the scores {n_scores} such as {extra.iloc[0]!r}; they belong to different corpora or splits"
         )
     parts = []
     if len(missing):
@@ -355,7 +356,8 @@ def _check_agreement(where: str, protocol: pd.DataFrame, aligned: pd.DataFrame) 
         _refuse(where, "key", protocol, aligned["key"], wrong)
     if "attack" in aligned and "attack" in protocol:
         is_spoof = (protocol["label"] == SPOOF).to_numpy()
-        wrong = is_spoof & (aligned["attack"].to_numpy() != protocol["attack"].to_numpy())
+        given, known = aligned["attack"].to_numpy(), protocol["attack"].to_numpy()
+        wrong = is_spoof & (given != known) & ~np.isin(given, _UNNAMED) & ~np.isin(known, _UNNAMED)
         _refuse(where, "attack", protocol, aligned["attack"], wrong)
 
 
@@ -365,28 +367,26 @@ def _refuse(where: str, what: str, protocol: pd.DataFrame, given: pd.Series, wro
         raise ScoreError(
             f"{where}the {what} of {int(wrong.sum())} trials differs from the protocol's, first "
             f"{protocol['utterance'].iloc[first]}: {given.iloc[first]!r} in the score file, "
-            f"{protocol['label' if what == 'key' else what].iloc[first]!r} in the protocol; is it the "
-            "protocol of these scores?"
+            f"{protocol['label' if what == 'key' else what].iloc[first]!r} in the protocol; "
+            "is it the protocol of these scores?"
         )
 
 
 def _join_asv_2021(path: Path, frame: pd.DataFrame, metadata: Path) -> pd.DataFrame:
-    """ASVspoof 2021: `speaker utterance score` with the keys of ASV/trial_metadata.txt, joined on both
-    names."""
-    rows, line_numbers, _ = _split_lines(metadata)
-    columns = ["speaker", "utterance", "codec", "transmission", "attack", "key", "trim", "phase"]
-    keys = pd.DataFrame(_check_width(metadata, columns, rows, line_numbers)[0], columns=columns)
+    """ASVspoof 2021: `speaker utterance score`, and the keys of trial_metadata.txt, joined on both names."""
+    columns = ("speaker", "utterance", "codec", "transmission", "attack", "key", "trim", "phase")
+    keys = _read_lines(metadata).table(columns)
     scored = frame.set_axis(["speaker", "utterance", "score"], axis=1)
     joined = keys.merge(scored, on=["speaker", "utterance"], how="outer", indicator=True)
     odd = joined[joined["_merge"] != "both"]
     if len(odd) or len(joined) != len(keys):
-        first = (odd if len(odd) else joined).iloc[0]
+        first = (odd if len(odd) else joined[joined.duplicated(["speaker", "utterance"])]).iloc[0]
         raise ScoreError(
-            f"{path}: {len(odd)} of its trials and those of {metadata} do not pair off, first speaker "
-            f"{first['speaker']}, utterance {first['utterance']}"
+            f"{path} and {metadata} do not pair off one to one, first speaker {first['speaker']}, utterance "
+            f"{first['utterance']} ({len(odd)} trials in one of them only)"
         )
-    unknown = sorted(set(joined["key"]) - {"target", "nontarget", "spoof"})
+    unknown = sorted(set(joined["key"]) - _ASV_KEYS)
     if unknown:
-        raise ScoreError(f"{metadata}: key {unknown[0]!r} is not target, nontarget or spoof; this is no ASV key file")
+        raise ScoreError(f"{metadata}: key {unknown[0]!r} is not target, nontarget or spoof: no ASV key file")
     joined["attack"] = joined["attack"].mask(joined["key"] != "spoof", NO_ATTACK)
     return joined[["attack", "key", "score", "speaker", "utterance", "codec", "transmission", "trim", "phase"]]
