@@ -40,6 +40,17 @@ class ScoredByLoss(nn.Module):
         return CMOutput(self.criterion.logits(embedding), embedding)
 
 
+@torch.no_grad()
+def embedding_dim(model: nn.Module) -> int:
+    """The length D of a countermeasure's embedding, read from one short forward pass."""
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    dim = model(torch.zeros(1, model.min_samples, device=device)).embedding.shape[1]
+    model.train(was_training)
+    return dim
+
+
 def scoring_model(model: nn.Module, criterion: nn.Module) -> nn.Module:
     """The model that scores: itself, or with the loss's own output layer where the loss has one."""
     return ScoredByLoss(model, criterion) if hasattr(criterion, "logits") else model
@@ -103,13 +114,17 @@ def load_model(name: str | None = None, weights: str | os.PathLike | None = None
         raise CheckpointError(f"weights {path} do not exist: expected a .safetensors or .pth file")
     companion = _read_companion(path)
     if name is not None and companion.get("model", name) != name:
-        raise CheckpointError(f"{path} holds weights of {companion['model']!r}, not of {name!r}: drop the name or change the file")
+        raise CheckpointError(
+            f"{path} holds weights of {companion['model']!r}, not of {name!r}: drop the name or change the file"
+        )
     name = companion.get("model", name)
     if name is None:
-        raise CheckpointError(f"{path} has no {path.stem}.json beside it that says which model it is: give the model's name")
-    model = build_model(name, **(companion.get("model_options", {}) | config))
+        raise CheckpointError(
+            f"{path} has no {path.stem}.json beside it that says which model it is: give the model's name"
+        )
+    model = build_model(name, **(_with_tuples(companion.get("model_options", {})) | config))
     if companion.get("loss", "cross_entropy") != "cross_entropy":
-        model = scoring_model(model, build_loss(companion["loss"], model.config.embedding_dim))
+        model = scoring_model(model, build_loss(companion["loss"], embedding_dim(model)))
     state = _read_tensors(path)
     own = model.state_dict()
     if name in PUBLISHED_NAMES and set(state) != set(own):
@@ -119,6 +134,11 @@ def load_model(name: str | None = None, weights: str | os.PathLike | None = None
     return model.eval()
 
 
+def _with_tuples(options: dict) -> dict:
+    """JSON knows lists only; configurations hold tuples."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
+
+
 def _read_companion(path: Path) -> dict:
     companion = path.with_suffix(".json")
     if path.suffix != ".safetensors" or not companion.is_file():
@@ -126,7 +146,9 @@ def _read_companion(path: Path) -> dict:
     try:
         return json.loads(companion.read_text())
     except ValueError as error:
-        raise CheckpointError(f"{companion} is not valid JSON ({error}): restore it, or delete it and name the model") from error
+        raise CheckpointError(
+            f"{companion} is not valid JSON ({error}): restore it, or delete it and name the model"
+        ) from error
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
@@ -135,7 +157,9 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
             return safetensors.torch.load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and safetensors raise many kinds on a damaged file
-        raise CheckpointError(f"{path} cannot be read as weights ({str(error).splitlines()[0]}): expected .safetensors or a .pth state dictionary") from error
+        raise CheckpointError(
+            f"{path} cannot be read as weights ({str(error).splitlines()[0]}): expected .safetensors or a .pth state dictionary"
+        ) from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
@@ -150,7 +174,9 @@ def _check_same_tensors(path: Path, name: str, own: dict, state: dict) -> None:
         parts = [f"{len(missing)} tensors missing (first {missing[0]})"] if missing else []
         parts += [f"{len(extra)} unknown (first {extra[0]})"] if extra else []
         parts += [f"{len(shapes)} of another shape (first {shapes[0]})"] if shapes else []
-        raise CheckpointError(f"{path} does not hold weights of {name!r}: {', '.join(parts)}; is it another model or configuration?")
+        raise CheckpointError(
+            f"{path} does not hold weights of {name!r}: {', '.join(parts)}; is it another model or configuration?"
+        )
 
 
 def save_training_state(path: str | os.PathLike, state: dict) -> None:
@@ -168,4 +194,6 @@ def load_training_state(path: str | os.PathLike) -> dict:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise CheckpointError(f"training checkpoint {path} cannot be read ({str(error).splitlines()[0]}): delete it to start anew") from error
+        raise CheckpointError(
+            f"training checkpoint {path} cannot be read ({str(error).splitlines()[0]}): delete it to start anew"
+        ) from error

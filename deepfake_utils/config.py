@@ -70,7 +70,9 @@ class TrainingConfig:
         ):  # fmt: skip
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or value < low or (high is not None and value > high):
-                raise ConfigError(f"{name} {value!r}: expected a number from {low} to {'any' if high is None else high}")
+                raise ConfigError(
+                    f"{name} {value!r}: expected a number from {low} to {'any' if high is None else high}"
+                )
         if len(self.class_weights) != 2 or min(self.class_weights) <= 0:
             raise ConfigError(f"class_weights {self.class_weights!r}: expected two positive numbers (spoof, bona fide)")
 

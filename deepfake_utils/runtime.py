@@ -61,7 +61,9 @@ def pick_device(request: str = "auto") -> Device:
         raise ConfigError(f"device {request!r} is unknown: expected auto, cpu, cuda or cuda:N")
     if not torch.cuda.is_available():
         if request != "auto":
-            raise ConfigError(f"device {request!r} was asked for, but PyTorch {torch.__version__} sees no CUDA GPU here")
+            raise ConfigError(
+                f"device {request!r} was asked for, but PyTorch {torch.__version__} sees no CUDA GPU here"
+            )
         return Device(torch.device("cpu"), f"CPU with {torch.get_num_threads()} threads: PyTorch sees no CUDA GPU")
     device = torch.device("cuda:0" if request in ("auto", "cuda") else request)
     problem = preflight(device)
@@ -113,7 +115,11 @@ def unsupported_architecture(name: str, capability: tuple[int, int], architectur
             return None
         if kind == "compute" and (built_major, built_minor) <= (major, minor):
             return None
-    fix = "install a PyTorch wheel for CUDA 12.6 (cu126; the last with sm_60 is torch 2.14)" if major < 7 else "install a newer PyTorch"
+    fix = (
+        "install a PyTorch wheel for CUDA 12.6 (cu126; the last with sm_60 is torch 2.14)"
+        if major < 7
+        else "install a newer PyTorch"
+    )
     return (
         f"{name} has compute capability {major}.{minor} and PyTorch {torch.__version__} carries only "
         f"{', '.join(architectures)}: {fix}, or choose another accelerator"
@@ -155,7 +161,9 @@ def precision_for_capability(capability: tuple[int, int]) -> Precision:
     if major >= 8:
         return Precision("bf16", torch.bfloat16, False, f"bf16: compute capability {major}.{minor} has it in hardware")
     if major == 7:
-        reason = f"fp16 with loss scaling: compute capability {major}.{minor} has fp16 tensor cores and only emulates bf16"
+        reason = (
+            f"fp16 with loss scaling: compute capability {major}.{minor} has fp16 tensor cores and only emulates bf16"
+        )
         return Precision("fp16", torch.float16, True, reason)
     return Precision("fp32", None, False, f"fp32: compute capability {major}.{minor} has no tensor cores")
 

@@ -98,9 +98,14 @@ def score_protocol(
         model.to(torch_device), source,
         n_samples=n_samples, batch_size=batch_size, device=torch_device, progress=progress,
     )  # fmt: skip
+    return _refuse_non_finite(score_frame(protocol["utterance"], logits), "utterance")
+
+
+def score_frame(utterances: pd.Series, logits: np.ndarray) -> pd.DataFrame:
+    """Logits (N, 2) as a table: utterance, score, logit_spoof, logit_bonafide."""
     scores = _score_columns(logits)
-    scores.insert(0, "utterance", protocol["utterance"].to_numpy())
-    return _refuse_non_finite(scores, "utterance")
+    scores.insert(0, "utterance", np.asarray(utterances))
+    return scores
 
 
 def score_files(

@@ -1,0 +1,251 @@
+"""What this machine can do with this model: seconds a step, bytes a step, and what fits the time and the memory."""
+
+from __future__ import annotations
+
+import copy
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from deepfake_utils.config import RECIPES, TrainingConfig
+from deepfake_utils.conventions import CROP_SAMPLES, SAMPLE_RATE_HZ, TrainingError
+from deepfake_utils.models import build_model
+from deepfake_utils.runtime import Precision, free_memory_bytes, pick_precision
+
+CPU_PROBE = 4  # utterances: on a CPU the time is proportional to the batch, so a small one is enough
+MEMORY_SHARE = 0.8  # of what is free, for the automatic batch size
+LARGEST_BATCH_RATIO = 8  # times the published 24: beyond it the learning-rate rule has not been shown to hold
+FEWEST_EPOCHS = 3  # below this a run says nothing about its recipe
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Measured cost of a model on this device."""
+
+    train_s: float  # per utterance
+    score_s: float  # per utterance
+    step_bytes: int  # memory of one training step of the measured batch
+
+
+@dataclass(frozen=True)
+class Projection:
+    """How long training will take at the measured speed."""
+
+    epoch_s: float
+    dev_s: float
+    total_s: float
+
+    def describe(self, epochs: int) -> str:
+        """One line for the reader."""
+        return (
+            f"{in_words(self.total_s)} for {epochs} epochs: {in_words(self.epoch_s)} of training and "
+            f"{in_words(self.dev_s)} of dev scoring each (measured on a few steps, waveforms not counted)"
+        )
+
+
+def measure(
+    model: nn.Module, config: TrainingConfig, batch_size: int, device: torch.device, precision: Precision
+) -> Cost:
+    """Time a few training and scoring steps on noise; the model and the random state are left untouched."""
+    probe = batch_size if device.type == "cuda" else min(CPU_PROBE, batch_size)
+    with torch.random.fork_rng():
+        twin = copy.deepcopy(model).to(device)
+        generator = torch.Generator().manual_seed(0)
+        crop = (0.1 * torch.randn(probe, config.crop_samples, generator=generator)).to(device)
+        full = (0.1 * torch.randn(probe, config.eval_samples, generator=generator)).to(device)
+        step_s, step_bytes = _time_training(twin, crop, device, precision)
+        twin.eval()
+        with torch.no_grad():
+            score_s = _best_time(lambda: twin(full), device)
+    return Cost(step_s / probe, score_s / probe, step_bytes)
+
+
+def _time_training(
+    model: nn.Module, waveform: torch.Tensor, device: torch.device, precision: Precision
+) -> tuple[float, int]:
+    model.train()
+    before = _reset_peak(device)
+
+    def step() -> None:
+        with precision.autocast(device):
+            output = model(waveform)
+        output.logits.float().logsumexp(dim=1).sum().backward()
+        model.zero_grad(set_to_none=True)
+
+    seconds = _best_time(step, device)
+    return seconds, peak_memory_bytes(device) - before
+
+
+def _best_time(action: Callable[[], object], device: torch.device, repeats: int = 2) -> float:
+    action()  # allocations, autotuning
+    times = []
+    for _ in range(repeats):
+        _synchronize(device)
+        started = time.perf_counter()
+        action()
+        _synchronize(device)
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+def project(cost: Cost, n_train: int, n_dev: int, epochs: int) -> Projection:
+    """Seconds of an epoch, of one dev scoring and of the whole run."""
+    epoch_s, dev_s = cost.train_s * n_train, cost.score_s * n_dev
+    return Projection(epoch_s, dev_s, epochs * (epoch_s + dev_s))
+
+
+def fit_to_budget(
+    config: TrainingConfig, n_train: int, n_dev: int, n_eval: int, budget_s: float, device: torch.device
+) -> tuple[TrainingConfig, list[str]]:
+    """Keep the recipe if it finishes in time on this machine, else say so and choose what does.
+
+    Args:
+        config: the recipe wished for.
+        n_train, n_dev, n_eval: utterances of the splits; eval is scored once, after training.
+        budget_s: seconds for all of it; 0 keeps the recipe whatever it takes.
+
+    Returns:
+        The configuration to run and the sentences that explain it.
+    """
+    if not budget_s:
+        return config, [f"No time budget: the recipe runs as it is, {config.epochs} epochs of {config.model}."]
+
+    def epochs_that_fit(candidate: TrainingConfig) -> tuple[int, Projection]:
+        model = build_model(candidate.model, generator=torch.Generator().manual_seed(0), **candidate.model_options)
+        cost = measure(model, candidate, _recipe_batch(candidate), device, pick_precision(device, candidate.precision))
+        projection = project(cost, n_train, n_dev, candidate.epochs)
+        full_length = CROP_SAMPLES / candidate.eval_samples
+        left = 0.9 * budget_s - cost.score_s * full_length * n_eval
+        return math.floor(left / (projection.epoch_s + projection.dev_s)), projection
+
+    fitting, projection = epochs_that_fit(config)
+    wish = f"The recipe ({config.model}, {config.epochs} epochs, {config.crop_samples / SAMPLE_RATE_HZ:.1f} s crops)"
+    if fitting >= config.epochs:
+        return config, [
+            f"{wish} takes about {in_words(projection.total_s)} here and fits the {in_words(budget_s)} there are."
+        ]
+    sentences = [f"{wish} would take {in_words(projection.total_s)} here; there are {in_words(budget_s)}."]
+    short = RECIPES["short"].replace(seed=config.seed, augmentation=config.augmentation, data_path=config.data_path)
+    for crop_s in (2.0, 1.5, 1.0):
+        samples = int(crop_s * SAMPLE_RATE_HZ)
+        candidate = short.replace(crop_samples=samples, eval_samples=samples)
+        fitting, projection = epochs_that_fit(candidate)
+        if fitting >= FEWEST_EPOCHS:
+            break
+    epochs = min(max(fitting, FEWEST_EPOCHS), short.epochs)
+    chosen = candidate.replace(epochs=epochs, time_budget_s=budget_s)
+    sentences.append(
+        f"Instead: {chosen.model} (85 k parameters), {crop_s:g} s crops, batches of {chosen.batch_size}, {epochs} epochs of a one-cycle "
+        f"schedule up to {chosen.learning_rate:g}; about {in_words(epochs * (projection.epoch_s + projection.dev_s))}. "
+        "Its error says what a short run reaches, not what the recipe would."
+    )
+    return chosen, sentences
+
+
+def _recipe_batch(config: TrainingConfig) -> int:
+    return config.batch_size if isinstance(config.batch_size, int) else TrainingConfig().batch_size
+
+
+def settle_batch_size(
+    model: nn.Module, config: TrainingConfig, device: torch.device, precision: Precision, say: Callable[[str], None]
+) -> tuple[int, float]:
+    """The batch size to train with and the factor on the learning rate; "auto" is measured.
+
+    "auto" runs a step with two small batches, reads the bytes each takes, and extrapolates to `MEMORY_SHARE` of
+    the free memory. Adam's rate grows with the square root of the batch (Malladi et al. 2022, arXiv 2205.10287).
+    """
+    recipe = TrainingConfig().batch_size
+    if config.batch_size != "auto":
+        return config.batch_size, 1.0
+    small, large = 2, 6
+    bytes_small, bytes_large = (step_bytes(model, config, n, device, precision) for n in (small, large))
+    per_utterance = max(1, (bytes_large - bytes_small) // (large - small))
+    fixed = max(0, bytes_small - small * per_utterance)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory_bytes()
+    fitting = int((MEMORY_SHARE * free - fixed) // per_utterance)
+    if fitting < 2:
+        raise TrainingError(
+            f"not even 2 utterances of {config.crop_samples} samples fit: a step needs {per_utterance / 2**20:.0f} MiB each and "
+            f"{free / 2**20:.0f} MiB are free; choose shorter crops or a smaller model"
+        )
+    size = min(fitting, LARGEST_BATCH_RATIO * recipe)
+    size = size // 8 * 8 if size >= 8 else size
+    scale = math.sqrt(size / recipe)
+    say(
+        f"batch:     {size} utterances: {per_utterance / 2**20:.0f} MiB each, {free / 2**30:.1f} GiB free, {MEMORY_SHARE:.0%} of it used at most"
+        f"{', capped at ' + str(LARGEST_BATCH_RATIO) + ' times the recipe' if size < fitting // 8 * 8 else ''}; "
+        f"learning rate times {scale:.2f} (square root of {size}/{recipe})"
+    )
+    return size, scale
+
+
+def step_bytes(
+    model: nn.Module, config: TrainingConfig, batch_size: int, device: torch.device, precision: Precision
+) -> int:
+    """Memory of one training step: read from the allocator on CUDA, the saved activations' size on the CPU."""
+    with torch.random.fork_rng():
+        twin = copy.deepcopy(model).to(device).train()
+        waveform = torch.zeros(batch_size, config.crop_samples, device=device)
+        if device.type == "cuda":
+            before = _reset_peak(device)
+            with precision.autocast(device):
+                output = twin(waveform)
+            output.logits.float().sum().backward()
+            return torch.cuda.max_memory_allocated(device) - before
+        return activation_bytes(lambda: twin(waveform).logits.sum())
+
+
+def activation_bytes(forward: Callable[[], torch.Tensor]) -> int:
+    """Bytes that autograd keeps for the backward pass of `forward`, each storage counted once."""
+    storages: dict[int, int] = {}
+
+    def remember(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        kept.append(tensor)  # alive to the end, so that no address is used twice
+        return tensor
+
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+        forward()
+    return sum(storages.values())
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory held so far: the allocator's on CUDA, the process's on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _reset_peak(device: torch.device) -> int:
+    if device.type != "cuda":
+        return peak_memory_bytes(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def in_words(seconds: float) -> str:
+    """A duration a person reads at a glance.
+
+    >>> in_words(4.21), in_words(75), in_words(51_000)
+    ('4.2 s', '1 min 15 s', '14 h 10 min')
+    """
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
