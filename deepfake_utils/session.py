@@ -187,7 +187,7 @@ class Session:
         if not self.config.band_mask:
             return None
         generator = torch.Generator().manual_seed((self.config.seed << 32) + step)
-        return draw_band_mask(self.n_bands, generator).to(self.device)
+        return draw_band_mask(self.n_bands, generator, max_width=min(20, self.n_bands)).to(self.device)
 
     def _halve_micro_batch(self, n_utterances: int) -> None:
         self.optimizer.zero_grad(set_to_none=True)

@@ -1,0 +1,341 @@
+"""Training on real FLAC files with a tiny AASIST: resuming, stopping, failing, learning."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import soundfile
+import torch
+
+from deepfake_utils import capacity, training
+from deepfake_utils.checkpoint import load_model, load_training_state
+from deepfake_utils.config import RECIPES, TrainingConfig
+from deepfake_utils.conventions import ConfigError, TrainingError
+from deepfake_utils.optimisation import SharpnessAware, learning_rate, reestimate_batch_norm
+from deepfake_utils.training import fit
+
+TINY = {"sinc_filters": 12, "channels": (4, 4), "graph_dim": 4, "branch_dim": 4}
+
+
+def tiny_config(**changes) -> TrainingConfig:
+    defaults = dict(
+        model="aasist-l", model_options=TINY, epochs=3, batch_size=8, crop_samples=4000, eval_samples=4000,
+        learning_rate=1e-3, class_weights=(0.5, 0.5), seed=7,
+    )  # fmt: skip
+    return TrainingConfig(**(defaults | changes))
+
+
+def write_corpus(folder: Path, n_train: int = 24, n_dev: int = 16) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Bona fide: low-pitched hum in noise. Spoof: the same level, high-pitched."""
+    rng = np.random.default_rng(3)
+    rows = []
+    for n in range(n_train + n_dev):
+        split, label = ("train" if n < n_train else "dev"), n % 2
+        t = np.arange(rng.integers(6000, 9000)) / 16000
+        tone = np.sin(2 * np.pi * (300 if label else 2500) * rng.uniform(0.9, 1.1) * t)
+        path = folder / f"{split}_{n:03d}.flac"
+        soundfile.write(path, 0.2 * tone + 0.05 * rng.standard_normal(len(t)), 16000)
+        rows.append((path.stem, str(path), label, "-" if label else "T01", f"s{n % 4}", split, "tones"))
+    frame = pd.DataFrame(rows, columns=["utterance", "path", "label", "attack", "speaker", "split", "corpus"])
+    return frame[frame.split == "train"].reset_index(drop=True), frame[frame.split == "dev"].reset_index(drop=True)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("tones"))
+
+
+def run(corpus, folder, **changes):
+    said = []
+    result = fit(*corpus, folder, tiny_config(**changes), device="cpu", say=said.append)
+    return result, "\n".join(said)
+
+
+def test_learns_writes_everything_down_and_the_kept_weights_score_the_reported_eer(corpus, tmp_path):
+    result, said = run(corpus, tmp_path, epochs=6, learning_rate=3e-3, schedule="one_cycle")
+    assert result.best_dev_eer < 0.15, "tones an octave apart must be told apart"
+    assert result.best_dev_eer == result.history["dev_eer"].min()
+    assert len(pd.read_csv(tmp_path / "history.csv")) == 6
+    for promised in ("device:", "precision:", "waveforms:", "projected:", "dev EER"):
+        assert promised in said
+
+    from deepfake_utils import score_protocol
+    from deepfake_utils.metrics import compute_eer
+
+    scores = score_protocol(load_model(weights=result.weights), corpus[1], n_samples=4000, device="cpu", progress=None)
+    assert compute_eer(scores["score"], corpus[1]["label"]).eer == pytest.approx(result.best_dev_eer)
+
+
+def test_same_seed_same_run_and_another_seed_another(corpus, tmp_path):
+    first, _ = run(corpus, tmp_path / "a", epochs=2)
+    again, _ = run(corpus, tmp_path / "b", epochs=2)
+    other, _ = run(corpus, tmp_path / "c", epochs=2, seed=8)
+    assert first.history["train_loss"].tolist() == again.history["train_loss"].tolist()
+    assert first.history["train_loss"].tolist() != other.history["train_loss"].tolist()
+    for name, value in first.model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("average", ["none", "ema", "swa"])
+def test_resuming_after_an_epoch_equals_never_having_stopped(corpus, tmp_path, monkeypatch, average):
+    changes = dict(average=average, swa_start=0.3, augmentation="seed", clip_norm=1.0, band_mask=True)
+    whole, _ = run(corpus, tmp_path / "whole", **changes)
+
+    def stop_after_first(history):
+        if len(history) == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(*corpus, tmp_path / "parts", tiny_config(**changes), device="cpu", on_epoch=stop_after_first, say=str)
+    torch.manual_seed(999)  # whatever happens between two sessions must not matter
+    parts, said = run(corpus, tmp_path / "parts", **changes)
+    assert "resuming:  epoch 2, step 0" in said
+    assert parts.history["train_loss"].tolist() == whole.history["train_loss"].tolist()
+    assert parts.history["dev_eer"].tolist() == whole.history["dev_eer"].tolist()
+    final = [load_training_state(tmp_path / name / "checkpoint.pt")["model"] for name in ("whole", "parts")]
+    assert all(torch.equal(final[0][key], final[1][key]) for key in final[0])
+
+
+CHILD = """
+    import sys, pandas as pd, torch
+    sys.path.insert(0, {repository!r})
+    torch.set_num_threads(1)
+    from tests.test_training import tiny_config
+    from deepfake_utils.training import fit
+    train, dev = (pd.read_csv(f) for f in sys.argv[1:3])
+    fit(train, dev, sys.argv[3], tiny_config(checkpoint_every_s=0.0, epochs=40), device="cpu",
+        say=lambda text: print(text, flush=True))
+"""
+
+
+def start_child(corpus, folder: Path) -> subprocess.Popen:
+    files = [folder.parent / f"{name}.csv" for name in ("train", "dev")]
+    for frame, file in zip(corpus, files, strict=True):
+        frame.to_csv(file, index=False)
+    code = textwrap.dedent(CHILD).format(repository=str(Path(__file__).parents[1]))
+    return subprocess.Popen([sys.executable, "-c", code, *map(str, files), str(folder)],
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+
+
+def wait_for(condition, child: subprocess.Popen) -> None:
+    for _ in range(1200):
+        if condition():
+            return
+        assert child.poll() is None, child.stderr.read()
+        time.sleep(0.05)
+    raise AssertionError("the child did not get that far within a minute")
+
+
+def test_killed_in_the_middle_of_an_epoch_then_resumed_bit_for_bit(corpus, tmp_path):
+    torch.set_num_threads(1)
+    checkpoint = tmp_path / "run" / "checkpoint.pt"
+    child = start_child(corpus, tmp_path / "run")
+
+    def in_the_middle() -> bool:
+        return checkpoint.is_file() and load_training_state(checkpoint)["state"]["step"] > 0
+
+    wait_for(in_the_middle, child)
+    os.kill(child.pid, signal.SIGKILL)
+    child.communicate()
+    saved = load_training_state(checkpoint)  # atomic: readable whenever the kill came
+    epochs = saved["state"]["epoch"] + 2
+
+    def until(config, folder):  # the learning rate depends on the planned epochs, so keep them and stop by hand
+        def stop(history):
+            if len(history) >= epochs:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            fit(*corpus, folder, config, device="cpu", on_epoch=stop, say=str)
+        return load_training_state(folder / "checkpoint.pt")
+
+    config = tiny_config(checkpoint_every_s=0.0, epochs=40)
+    resumed, whole = until(config, tmp_path / "run"), until(config, tmp_path / "whole")
+    assert [row["train_loss"] for row in resumed["state"]["history"]] == [
+        row["train_loss"] for row in whole["state"]["history"]
+    ]
+    assert all(torch.equal(resumed["model"][key], whole["model"][key]) for key in whole["model"])
+
+
+def test_ctrl_c_leaves_a_usable_checkpoint_and_says_how_to_go_on(corpus, tmp_path):
+    child = start_child(corpus, tmp_path / "run")
+    wait_for((tmp_path / "run" / "history.csv").is_file, child)
+    child.send_signal(signal.SIGINT)
+    out, err = child.communicate(timeout=60)
+    assert "interrupted: continue with the same call" in out, out + err
+    assert load_training_state(tmp_path / "run" / "checkpoint.pt")["state"]["epoch"] >= 1
+
+
+class PoisonedBatches:
+    """The session's batches, with one utterance turned into NaN from the second epoch on."""
+
+    wait_s = 0.0
+
+    def __init__(self, batches, row, poisoned):
+        self.batches, self.row, self.poisoned = batches, row, poisoned
+
+    def __iter__(self):
+        for batch in self.batches:
+            if self.poisoned:
+                batch.waveform[np.flatnonzero(batch.index == self.row)] = float("nan")
+            yield batch
+
+
+def test_a_non_finite_loss_stops_names_the_batch_and_keeps_the_last_good_checkpoint(corpus, tmp_path, monkeypatch):
+    original = training.Session.epoch_batches
+    monkeypatch.setattr(
+        training.Session, "epoch_batches", lambda self: PoisonedBatches(original(self), 5, self.state.epoch == 1)
+    )
+    with pytest.raises(TrainingError, match=f"the loss became nan in epoch 2.*{corpus[0]['utterance'][5]}"):
+        run(corpus, tmp_path)
+    saved = load_training_state(tmp_path / "checkpoint.pt")
+    assert saved["state"]["epoch"] == 1 and all(torch.isfinite(t).all() for t in saved["model"].values())
+
+
+def test_the_eval_split_a_missing_class_and_shared_recordings_are_refused(corpus, tmp_path):
+    train, dev = corpus
+    with pytest.raises(TrainingError, match="trials of the eval split"):
+        fit(train, dev.assign(split="eval"), tmp_path)
+    with pytest.raises(TrainingError, match="no bona fide"):
+        fit(train[train.label == 0], dev, tmp_path)
+    with pytest.raises(TrainingError, match="in train and in dev"):
+        fit(train, train.assign(split="dev"), tmp_path)
+
+
+def test_a_checkpoint_of_another_recipe_is_refused_with_the_difference(corpus, tmp_path):
+    run(corpus, tmp_path, epochs=1)
+    with pytest.raises(TrainingError, match="learning_rate was 0.001, is 0.01"):
+        run(corpus, tmp_path, epochs=1, learning_rate=0.01)
+
+
+def test_time_budget_ends_the_run_in_time_and_a_new_session_goes_on(corpus, tmp_path):
+    result, said = run(corpus, tmp_path, epochs=500, time_budget_s=2.0)
+    assert result.stopped == "time budget used up" and 1 <= len(result.history) < 500
+    more, said = run(corpus, tmp_path, epochs=500, time_budget_s=2.0)
+    assert "resuming" in said and len(more.history) > len(result.history)
+
+
+def test_early_stop_counts_epochs_without_a_better_dev_eer(corpus, tmp_path):
+    result, _ = run(corpus, tmp_path, epochs=30, learning_rate=1e-8, learning_rate_min=0.0, patience_epochs=2)
+    assert result.stopped == "no better dev EER in 2 epochs"
+    assert len(result.history) == result.best_epoch + 2
+
+
+def test_out_of_memory_halves_the_micro_batch_and_keeps_the_step(corpus, tmp_path, monkeypatch):
+    """A batch-norm-free comparison is not possible with AASIST; so the count of utterances a forward sees is read."""
+    sizes = []
+    original = training.Session._forward_backward
+
+    def limited(self, batch, band_mask):
+        largest = max(len(chunk) for chunk in batch.target.chunk(self.micro_batches))
+        if largest > 4:
+            raise torch.OutOfMemoryError("pretended")
+        sizes.append((largest, self.micro_batches))
+        return original(self, batch, band_mask)
+
+    monkeypatch.setattr(training.Session, "_forward_backward", limited)
+    result, said = run(corpus, tmp_path, epochs=1)
+    assert "going on with 2 micro-batches" in said
+    assert set(sizes) == {(4, 2)} and np.isfinite(result.history["train_loss"]).all()
+
+
+def test_micro_batches_join_to_the_gradient_of_the_whole(corpus, tmp_path):
+    """Without batch norm in the way (evaluation mode), 3 uneven parts give the whole batch's gradient."""
+    from deepfake_utils.losses import WeightedCrossEntropy
+
+    logits = torch.randn(7, 2, dtype=torch.float64, requires_grad=True)
+    target = torch.tensor([1.0, 0, 0, 1, 0, 0.3, 1]).double()
+    criterion = WeightedCrossEntropy((0.1, 0.9)).double()
+    criterion(logits, None, target).backward()
+    whole, logits.grad = logits.grad.clone(), None
+    for part in torch.arange(7).chunk(3):
+        share = criterion.mass(target[part]) / criterion.mass(target)
+        (criterion(logits[part], None, target[part]) * share).backward()
+    torch.testing.assert_close(logits.grad, whole, rtol=1e-5, atol=1e-8)
+
+
+def test_schedules_at_their_corners():
+    base = dict(learning_rate=1.0, learning_rate_min=0.1, epochs=10)
+    cosine = TrainingConfig(**base)
+    assert learning_rate(cosine, 0, 10, 101) == pytest.approx(1.0)
+    assert learning_rate(cosine, 50, 10, 101) == pytest.approx(0.55)
+    assert learning_rate(cosine, 100, 10, 101) == pytest.approx(0.1)
+    one_cycle = TrainingConfig(**base, schedule="one_cycle")
+    rates = [learning_rate(one_cycle, step, 10, 101) for step in range(101)]
+    assert rates[0] == pytest.approx(1 / 25) and max(rates) == pytest.approx(1.0) and rates[-1] == pytest.approx(0.1)
+    assert int(np.argmax(rates)) == 30
+    cyclical = TrainingConfig(**base, schedule="cyclical", cycle_epochs=2)
+    assert learning_rate(cyclical, 10, 10, 101) == pytest.approx(1.0)
+    assert learning_rate(cyclical, 20, 10, 101) == pytest.approx(0.1)
+    warm = TrainingConfig(**base, schedule="constant", warmup_steps=4)
+    assert [learning_rate(warm, step, 10, 101) for step in range(5)] == pytest.approx([0.25, 0.5, 0.75, 1, 1])
+
+
+def test_sharpness_aware_step_on_a_parabola():
+    """f(w) = w^2 at w = 1, rho = 0.1: the gradient is taken at 1.1, so SGD with rate 0.5 lands on 1 - 0.5 * 2.2."""
+    weight = torch.nn.Parameter(torch.tensor([1.0]))
+    optimizer = torch.optim.SGD([weight], lr=0.5)
+    sam = SharpnessAware(optimizer, rho=0.1)
+    (weight**2).sum().backward()
+    sam.climb()
+    assert weight.item() == pytest.approx(1.1)
+    (weight**2).sum().backward()
+    sam.descend()
+    optimizer.step()
+    assert weight.item() == pytest.approx(1 - 0.5 * 2.2)
+
+
+def test_batch_norm_reestimation_is_the_plain_mean_over_batches():
+    layer = torch.nn.BatchNorm1d(1)
+    layer.running_mean.fill_(100.0)
+    batches = [torch.full((2, 1), 1.0), torch.tensor([[2.0], [4.0]])]
+    reestimate_batch_norm(layer, lambda: batches, torch.device("cpu"))
+    assert layer.running_mean.item() == pytest.approx(2.0)  # mean of 1 and 3
+    assert layer.running_var.item() == pytest.approx(1.0)  # mean of 0 and 2
+    assert layer.momentum == 0.1
+
+
+@pytest.mark.parametrize("option", [{"sam_rho": 0.05}, {"loss": "oc_softmax"}, {"loss": "p2sgrad"},
+                                    {"sampling": "balanced"}, {"precision": "bf16"}])  # fmt: skip
+def test_options_train_and_their_weights_load(corpus, tmp_path, option):
+    result, _ = run(corpus, tmp_path, epochs=1, **option)
+    assert np.isfinite(result.history["train_loss"]).all()
+    output = load_model(weights=result.weights)(torch.zeros(1, 4000))
+    assert output.logits.shape == (1, 2)
+
+
+def test_automatic_batch_size_is_measured_and_explained(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(capacity, "free_memory_bytes", lambda: 40 * 2**20)
+    _, said = run(corpus, tmp_path, epochs=1, batch_size="auto")
+    assert "MiB each" in said and "square root of" in said
+    monkeypatch.setattr(capacity, "free_memory_bytes", lambda: 2**10)
+    with pytest.raises(TrainingError, match="not even 2 utterances"):
+        run(corpus, tmp_path / "none", epochs=1, batch_size="auto")
+
+
+def test_saved_activations_are_counted_once():
+    weight = torch.nn.Parameter(torch.ones(1000))
+    saved = capacity.activation_bytes(lambda: (weight.exp() * weight.exp()).sum())
+    assert saved in (8000, 12000)  # two exp results (each kept by exp and by the product), perhaps the weight
+
+
+def test_a_recipe_that_does_not_fit_is_replaced_in_words():
+    config, why = capacity.fit_to_budget(TrainingConfig(), 100, 50, 50, 0.0, torch.device("cpu"))
+    assert config == TrainingConfig() and "No time budget" in why[0]
+
+
+def test_config_refuses_what_it_does_not_know():
+    with pytest.raises(ConfigError, match="schedule 'linear' is unknown: expected one of cosine"):
+        TrainingConfig(schedule="linear")
+    with pytest.raises(ConfigError, match="batch_size 1"):
+        TrainingConfig(batch_size=1)
+    with pytest.raises(ConfigError, match="unknown training setting epoch"):
+        TrainingConfig().replace(epoch=3)
+    assert TrainingConfig.from_dict(RECIPES["short"].to_dict()) == RECIPES["short"]
