@@ -7,6 +7,7 @@ Every function here is thread-safe: no decoder, and no state but a table of filt
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from functools import lru_cache
@@ -27,7 +28,9 @@ PASSBAND_FRACTION = 0.94
 STOPBAND_DB = 80.0
 
 # Containers whose header states the exact length, so that fewer decoded samples mean a truncated file.
-_EXACT_LENGTH_CONTAINERS = {"flac", "wav", "mov,mp4,m4a,3gp,3g2,mj2"}
+_EXACT_LENGTH_CONTAINERS = {"flac", "mov,mp4,m4a,3gp,3g2,mj2"}
+# A header that lies about the length ends in MemoryError; the others are what soundfile raises on damaged files.
+_SOUNDFILE_ERRORS = (RuntimeError, TypeError, ValueError, OSError, MemoryError)
 _PRIMING_SAMPLES = 4_096  # AAC encoders' delay, which headers may or may not count
 
 
@@ -44,7 +47,8 @@ def read_audio(path: str | os.PathLike) -> np.ndarray:
 
     Channels are averaged; another rate is resampled (see `resample`); 16-bit samples at 16 kHz come out as exactly
     int16 / 32768. Overshoot beyond full scale is clipped. Digital silence is a valid recording and is returned as
-    it is: some corpora contain it, and each of their trials needs a score.
+    it is: some corpora contain it, and each of their trials needs a score. A FLAC, WAV or MP4 file shorter than its
+    header says is refused; MP3 and Ogg are streams without a binding length, so what they hold is what they are.
 
     Args:
         path: a file in any format that libsndfile or FFmpeg decodes.
@@ -95,7 +99,7 @@ def audio_info(path: str | os.PathLike) -> AudioInfo:
     try:
         header = soundfile.info(os.fspath(path))
         n_native, rate_hz = header.frames, header.samplerate
-    except (RuntimeError, TypeError, ValueError, OSError):
+    except _SOUNDFILE_ERRORS:
         n_native, rate_hz = _pyav_header(path)
     if rate_hz <= 0 or not 0 < n_native < 2**40:  # some headers leave the length out: only decoding tells
         n_samples = len(read_audio(path))
@@ -210,33 +214,40 @@ def _decode(path: Path) -> tuple[np.ndarray, int]:
     import soundfile
 
     _existing(path)
+    _refuse_cut_wav(path)
     try:
         with soundfile.SoundFile(os.fspath(path)) as sound:
             channels = sound.read(dtype="float32", always_2d=True)
             expected, rate_hz = sound.frames, sound.samplerate
-        if len(channels) == expected and not _is_cut_wav(path):
+        if len(channels) == expected:
             return channels, rate_hz
         reason = f"{len(channels)} of {expected} samples decoded"
-    except (
-        RuntimeError,
-        TypeError,
-        ValueError,
-        OSError,
-    ) as error:  # soundfile raises all of these on bad files
+    except _SOUNDFILE_ERRORS as error:
         reason = str(error) or type(error).__name__
     try:
         return _decode_with_pyav(path)
     except AudioError as error:
-        raise AudioError(f"{error} (libsndfile: {reason})") from None
+        raise AudioError(f"{error} [libsndfile: {reason}]") from None
 
 
-def _is_cut_wav(path: Path) -> bool:
-    """Whether a RIFF file is shorter than its header says; libsndfile reads the rest without a word."""
+def _refuse_cut_wav(path: Path) -> None:
+    """Raise if a WAV file ends before its data chunk does; both decoders read such a file without a word."""
+    n_bytes = path.stat().st_size
     with path.open("rb") as file:
-        start = file.read(8)
-    declared = int.from_bytes(start[4:8], "little") + 8
-    streamed = declared >= 0x7FFF_F000  # written to a pipe: the length was not known
-    return start[:4] == b"RIFF" and not streamed and path.stat().st_size + 1 < declared
+        riff = file.read(12)
+        if riff[:4] != b"RIFF" or riff[8:] != b"WAVE":
+            return
+        while len(header := file.read(8)) == 8:
+            length = int.from_bytes(header[4:], "little")
+            if header[:4] == b"data":
+                streamed = length >= 0x7FFF_F000  # written to a pipe: the length was not known
+                if not streamed and file.tell() + length > n_bytes:
+                    raise AudioError(
+                        f"{path} is truncated: its header promises {length} bytes of samples, "
+                        f"{n_bytes - file.tell()} are there; copy or download it again"
+                    )
+                return
+            file.seek(length + length % 2, os.SEEK_CUR)
 
 
 def _decode_with_pyav(path: Path) -> tuple[np.ndarray, int]:
@@ -249,34 +260,60 @@ def _decode_with_pyav(path: Path) -> tuple[np.ndarray, int]:
             stream = container.streams.audio[0]
             frames, rates = [], set()
             for frame in container.decode(stream):
-                frames.append(_frame_to_float(frame))
+                frames.append(_samples_of(frame))
                 rates.add(frame.sample_rate)
             exact = container.format.name in _EXACT_LENGTH_CONTAINERS and stream.duration
             expected = int(stream.duration * stream.time_base * stream.rate) if exact else 0
-    except (av.FFmpegError, ValueError, OSError, IndexError) as error:
-        raise AudioError(f"{path} cannot be decoded: it is damaged or not audio; {error}") from None
+    except (av.FFmpegError, ValueError, OSError, IndexError, MemoryError) as error:
+        raise AudioError(_undecodable(path, error)) from None
     if len(rates) != 1 or len({frame.shape[1] for frame in frames}) != 1:
         what = "no samples" if not frames else "a rate or channel count that changes on the way"
         raise AudioError(f"{path} holds {what}; convert it to FLAC or WAV")
-    channels = np.concatenate(frames)
+    samples = np.concatenate(frames)
     slack = 0 if path.suffix.lower() == ".flac" else _PRIMING_SAMPLES
-    if len(channels) + slack < expected:
+    if len(samples) + slack < expected:
         raise AudioError(
-            f"{path} is truncated: its header promises {expected} samples, {len(channels)} can be decoded; "
+            f"{path} is truncated: its header promises {expected} samples, {len(samples)} can be decoded; "
             "copy or download it again"
         )
-    return channels, rates.pop()
+    _refuse_altered_flac(path, samples)
+    return _to_float(samples), rates.pop()
 
 
-def _frame_to_float(frame) -> np.ndarray:
-    """(n, channels) float32 in [-1, 1] of one PyAV frame."""
+def _undecodable(path: Path, error: Exception) -> str:
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return f"{path} cannot be decoded ({reason}): it is damaged, truncated or not audio; copy or download it again"
+
+
+def _samples_of(frame) -> np.ndarray:
+    """(n, channels) of one PyAV frame, in the type it was decoded to."""
     samples = frame.to_ndarray()
-    samples = samples.T if frame.format.is_planar else samples.reshape(-1, frame.layout.nb_channels)
+    return samples.T if frame.format.is_planar else samples.reshape(-1, frame.layout.nb_channels)
+
+
+def _to_float(samples: np.ndarray) -> np.ndarray:
+    """Float32 in [-1, 1] of samples in any PCM type."""
     if samples.dtype == np.uint8:
         return (samples.astype(np.float32) - 128.0) / 128.0
     if np.issubdtype(samples.dtype, np.integer):
         return (samples / -float(np.iinfo(samples.dtype).min)).astype(np.float32)
     return samples.astype(np.float32)
+
+
+def _refuse_altered_flac(path: Path, samples: np.ndarray) -> None:
+    """Raise if decoded samples do not have the MD5 sum in the FLAC header: FFmpeg decodes damaged frames all the same.
+
+    The sum is that of the interleaved little-endian samples (RFC 9639, section 8.2); a header may leave it out.
+    """
+    with path.open("rb") as file:
+        header = file.read(42)
+    stated = header[26:42]
+    if header[:4] != b"fLaC" or not any(stated) or not np.issubdtype(samples.dtype, np.signedinteger):
+        return
+    n_bits = ((header[20] & 1) << 4 | header[21] >> 4) + 1
+    words = (samples >> (8 * samples.itemsize - n_bits)).astype("<i4").reshape(-1, 1).view(np.uint8)
+    if hashlib.md5(words[:, : (n_bits + 7) // 8].tobytes(), usedforsecurity=False).digest() != stated:
+        raise AudioError(f"{path} is damaged: its samples do not match its own checksum; copy or download it again")
 
 
 def _pyav_header(path: Path) -> tuple[int, int]:
@@ -287,8 +324,8 @@ def _pyav_header(path: Path) -> tuple[int, int]:
             stream = container.streams.audio[0]
             seconds = stream.duration * stream.time_base if stream.duration else 0
             return int(seconds * stream.rate), stream.rate
-    except (av.FFmpegError, ValueError, OSError, IndexError) as error:
-        raise AudioError(f"{path} cannot be decoded: it is damaged or not audio; {error}") from None
+    except (av.FFmpegError, ValueError, OSError, IndexError, MemoryError) as error:
+        raise AudioError(_undecodable(path, error)) from None
 
 
 @lru_cache(maxsize=16)

@@ -1,6 +1,7 @@
 """Corpora of bona fide and spoofed speech: find them on disk and read them as one kind of table."""
 
 from deepfake_utils.corpora.corpus import KINDS, Corpus, read_protocol_file
+from deepfake_utils.corpora.demo import build_demo
 from deepfake_utils.corpora.find import KAGGLE_DATASETS, find_corpora
 from deepfake_utils.corpora.folder import assign_splits
 from deepfake_utils.corpora.trials import UNKNOWN_ATTACK, UNKNOWN_SPEAKER, fingerprint
@@ -12,6 +13,7 @@ __all__ = [
     "UNKNOWN_SPEAKER",
     "Corpus",
     "assign_splits",
+    "build_demo",
     "find_corpora",
     "fingerprint",
     "read_protocol_file",
