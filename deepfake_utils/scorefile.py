@@ -269,7 +269,7 @@ def _read_lines(path: Path) -> _Lines:
     else:
         sign = {"tab": "\t", "comma": ","}[separator]
         rows = [[value.strip() for value in next(csv.reader([line], delimiter=sign), ())] for line in lines]
-    said = [i for i, line in enumerate(lines) if line.strip() and not line.startswith("#")]
+    said = [i for i, row in enumerate(rows) if row and row != [""] and row[0][:1] != "#"]
     return _Lines(path, [rows[i] for i in said], [i + 1 for i in said], separator)
 
 
