@@ -21,7 +21,11 @@ from deepfake_utils.runtime import Precision, free_memory_bytes, pick_precision
 CPU_PROBE = 4  # utterances: on a CPU the time is proportional to the batch, so a small one is enough
 MEMORY_SHARE = 0.8  # of what is free, for the automatic batch size
 LARGEST_BATCH_RATIO = 8  # times the published 24: beyond it the learning-rate rule has not been shown to hold
+PLANNED_SHARE = 0.85  # of the time budget: decoding, saving and drawing need the rest
+SHORT_CROPS_S = (2.0, 1.5, 1.0)
 FEWEST_EPOCHS = 3  # below this a run says nothing about its recipe
+LONGEST_SHORT_RUN = 30  # epochs: more of the short recipe only memorises
+FEWEST_TRIALS = 48
 
 
 @dataclass(frozen=True)
@@ -100,52 +104,85 @@ def project(cost: Cost, n_train: int, n_dev: int, epochs: int) -> Projection:
     return Projection(epoch_s, dev_s, epochs * (epoch_s + dev_s))
 
 
-def fit_to_budget(
+@dataclass(frozen=True)
+class Plan:
+    """What will be run in the time there is, and why."""
+
+    config: TrainingConfig
+    n_train: int  # trials of each split to use
+    n_dev: int
+    n_eval: int
+    why: list[str]
+
+
+def plan_run(
     config: TrainingConfig, n_train: int, n_dev: int, n_eval: int, budget_s: float, device: torch.device
-) -> tuple[TrainingConfig, list[str]]:
+) -> Plan:
     """Keep the recipe if it finishes in time on this machine, else say so and choose what does.
+
+    What is given up, in this order: the large model and most epochs, the crop length, and, where even one
+    pass would take too long, trials.
 
     Args:
         config: the recipe wished for.
         n_train, n_dev, n_eval: utterances of the splits; eval is scored once, after training.
         budget_s: seconds for all of it; 0 keeps the recipe whatever it takes.
-
-    Returns:
-        The configuration to run and the sentences that explain it.
     """
     if not budget_s:
-        return config, [f"No time budget: the recipe runs as it is, {config.epochs} epochs of {config.model}."]
+        why = [f"No time budget: the recipe runs as it is, {config.epochs} epochs of {config.model}."]
+        return Plan(config, n_train, n_dev, n_eval, why)
+    cost = _cost_of(config, device)
+    total_s = project(cost, n_train, n_dev, config.epochs).total_s + n_eval * cost.score_s
+    wish = f"{config.model}, {config.epochs} epochs, {config.crop_samples / SAMPLE_RATE_HZ:.1f} s crops"
+    if total_s <= PLANNED_SHARE * budget_s:
+        why = [f"The recipe ({wish}) takes about {in_words(total_s)} here and fits the {in_words(budget_s)} there are."]
+        return Plan(config.replace(time_budget_s=budget_s), n_train, n_dev, n_eval, why)
+    why = [f"The recipe ({wish}) would take {in_words(total_s)} here; there are {in_words(budget_s)}."]
+    return _short_plan(config, n_train, n_dev, n_eval, budget_s, device, why)
 
-    def epochs_that_fit(candidate: TrainingConfig) -> tuple[int, Projection]:
-        model = build_model(candidate.model, generator=torch.Generator().manual_seed(0), **candidate.model_options)
-        cost = measure(model, candidate, _recipe_batch(candidate), device, pick_precision(device, candidate.precision))
-        projection = project(cost, n_train, n_dev, candidate.epochs)
-        full_length = CROP_SAMPLES / candidate.eval_samples
-        left = 0.9 * budget_s - cost.score_s * full_length * n_eval
-        return math.floor(left / (projection.epoch_s + projection.dev_s)), projection
 
-    fitting, projection = epochs_that_fit(config)
-    wish = f"The recipe ({config.model}, {config.epochs} epochs, {config.crop_samples / SAMPLE_RATE_HZ:.1f} s crops)"
-    if fitting >= config.epochs:
-        return config, [
-            f"{wish} takes about {in_words(projection.total_s)} here and fits the {in_words(budget_s)} there are."
-        ]
-    sentences = [f"{wish} would take {in_words(projection.total_s)} here; there are {in_words(budget_s)}."]
-    short = RECIPES["short"].replace(seed=config.seed, augmentation=config.augmentation, data_path=config.data_path)
-    for crop_s in (2.0, 1.5, 1.0):
+def _short_plan(config, n_train, n_dev, n_eval, budget_s, device, why) -> Plan:
+    short = RECIPES["short"].replace(
+        seed=config.seed, augmentation=config.augmentation, data_path=config.data_path, model=config.model
+        if config.model != TrainingConfig().model else RECIPES["short"].model,
+    )  # fmt: skip
+    available_s = PLANNED_SHARE * budget_s
+    for crop_s in SHORT_CROPS_S:
         samples = int(crop_s * SAMPLE_RATE_HZ)
         candidate = short.replace(crop_samples=samples, eval_samples=samples)
-        fitting, projection = epochs_that_fit(candidate)
-        if fitting >= FEWEST_EPOCHS:
+        cost = _cost_of(candidate, device)
+        eval_s = n_eval * cost.score_s * CROP_SAMPLES / samples
+        projection = project(cost, n_train, n_dev, 1)
+        epochs = math.floor((available_s - eval_s) / projection.total_s)
+        if epochs >= FEWEST_EPOCHS:
             break
-    epochs = min(max(fitting, FEWEST_EPOCHS), short.epochs)
-    chosen = candidate.replace(epochs=epochs, time_budget_s=budget_s)
-    sentences.append(
-        f"Instead: {chosen.model} (85 k parameters), {crop_s:g} s crops, batches of {chosen.batch_size}, {epochs} epochs of a one-cycle "
-        f"schedule up to {chosen.learning_rate:g}; about {in_words(epochs * (projection.epoch_s + projection.dev_s))}. "
+    else:
+        epochs = FEWEST_EPOCHS
+        n_train = min(n_train, _at_least(0.6 * available_s / (epochs * cost.train_s)))
+        n_dev = min(n_dev, _at_least(0.15 * available_s / (epochs * cost.score_s)))
+        n_eval = min(n_eval, _at_least(0.25 * available_s / (cost.score_s * CROP_SAMPLES / samples)))
+        why.append(
+            f"Even {epochs} short epochs of all trials do not fit, so {n_train} train, {n_dev} dev and {n_eval} eval "
+            "trials are drawn, each attack in proportion. The error below is that of the drawn trials: do not compare "
+            "it with published figures."
+        )
+    chosen = candidate.replace(epochs=min(epochs, LONGEST_SHORT_RUN), time_budget_s=budget_s)
+    why.append(
+        f"Instead: {chosen.model}, {crop_s:g} s crops, batches of {chosen.batch_size}, {chosen.epochs} epochs of a "
+        f"one-cycle schedule up to {chosen.learning_rate:g}. "
         "Its error says what a short run reaches, not what the recipe would."
     )
-    return chosen, sentences
+    return Plan(chosen, n_train, n_dev, n_eval, why)
+
+
+def _cost_of(config: TrainingConfig, device: torch.device) -> Cost:
+    generator = torch.Generator().manual_seed(0)
+    model = build_model(config.model, generator=generator, **config.model_options)
+    return measure(model, config, _recipe_batch(config), device, pick_precision(device, config.precision))
+
+
+def _at_least(n: float) -> int:
+    return max(FEWEST_TRIALS, math.floor(n))
 
 
 def _recipe_batch(config: TrainingConfig) -> int:

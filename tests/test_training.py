@@ -326,9 +326,29 @@ def test_saved_activations_are_counted_once():
     assert saved in (8000, 12000)  # two exp results (each kept by exp and by the product), perhaps the weight
 
 
-def test_a_recipe_that_does_not_fit_is_replaced_in_words():
-    config, why = capacity.fit_to_budget(TrainingConfig(), 100, 50, 50, 0.0, torch.device("cpu"))
-    assert config == TrainingConfig() and "No time budget" in why[0]
+def test_plans_keep_the_recipe_when_it_fits_and_say_what_they_give_up(monkeypatch):
+    seconds = {"aasist": 0.5, "aasist-l": 0.2}  # of training, per 4.04 s utterance
+
+    def measured(model, config, batch_size, device, precision):
+        name = "aasist" if sum(p.numel() for p in model.parameters()) > 200_000 else "aasist-l"
+        part = config.crop_samples / TrainingConfig().crop_samples
+        return capacity.Cost(seconds[name] * part, seconds[name] * part / 3, 0)
+
+    monkeypatch.setattr(capacity, "measure", measured)
+    cpu = torch.device("cpu")
+    plan = capacity.plan_run(TrainingConfig(), 100, 50, 50, 0.0, cpu)
+    assert plan.config == TrainingConfig() and "No time budget" in plan.why[0]
+
+    plan = capacity.plan_run(TrainingConfig(), 100, 50, 50, 10_000.0, cpu)  # needs 100 * (50 + 8.3) + 8.3 s
+    assert plan.config == TrainingConfig(time_budget_s=10_000.0) and "fits the" in plan.why[0]
+
+    plan = capacity.plan_run(TrainingConfig(seed=5), 100, 50, 50, 300.0, cpu)
+    assert "would take" in plan.why[0] and (plan.config.model, plan.config.crop_samples) == ("aasist-l", 32_000)
+    assert plan.config.seed == 5 and (plan.n_train, plan.n_dev, plan.n_eval) == (100, 50, 50)
+    assert plan.config.epochs == (0.85 * 300 - 50 / 15) // ((100 * 0.2 + 50 * 0.2 / 3) * 32_000 / 64_600)
+
+    plan = capacity.plan_run(TrainingConfig(), 25_380, 24_844, 71_237, 300.0, cpu)
+    assert plan.config.crop_samples == 16_000 and plan.n_train < 25_380 and "trials are drawn" in plan.why[1]
 
 
 def test_config_refuses_what_it_does_not_know():
