@@ -12,7 +12,7 @@ from deepfake_utils.corpora.assemble import corpora_of
 from deepfake_utils.corpora.corpus import Corpus
 from deepfake_utils.corpora.survey import Survey, survey
 
-KAGGLE_INPUT = Path("/kaggle/input")
+KAGGLE_INPUT = Path(os.environ.get("DEEPFAKE_KAGGLE_INPUT", "/kaggle/input"))
 
 # Public Kaggle datasets known to hold these corpora; their misspelt names are their real ones.
 KAGGLE_DATASETS = {
