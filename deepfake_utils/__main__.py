@@ -36,8 +36,8 @@ def find(options: argparse.Namespace) -> int:
         for split, rows in counts.groupby("split", sort=False):
             missing = int(rows["missing"].sum())
             print(f"  {split:<6}{describe_counts(rows)}" + (f"; audio missing: {missing:,}" if missing else ""))
-            asv = corpus.asv_scores(split)
-            print(f"        ASV scores {asv}" if asv else "        no ASV scores: min t-DCF cannot be computed")
+            if asv := corpus.asv_scores(split):
+                print(f"        ASV scores: {asv}")
     return DONE
 
 
