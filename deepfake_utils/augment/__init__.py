@@ -2,5 +2,6 @@
 
 from .effects import draw_band_mask
 from .recipes import EFFECTS, RECIPES, build_augmentation
+from .recordings import read_recordings
 
-__all__ = ["EFFECTS", "RECIPES", "build_augmentation", "draw_band_mask"]
+__all__ = ["EFFECTS", "RECIPES", "build_augmentation", "draw_band_mask", "read_recordings"]

@@ -13,9 +13,7 @@ from ..conventions import ConfigError
 SMALLEST_POWER = 1e-20  # mean squares are held above this, so that silence divides nothing by zero
 
 
-def draw_uniform(
-    bounds: tuple[float, float], size: tuple[int, ...], generator: torch.Generator, what: str
-) -> Tensor:
+def draw_uniform(bounds: tuple[float, float], size: tuple[int, ...], generator: torch.Generator, what: str) -> Tensor:
     """Draw float32 numbers uniformly from [low, high] on the generator's device.
 
     Raises:
@@ -26,14 +24,10 @@ def draw_uniform(
     return low + (high - low) * torch.rand(size, generator=generator, device=generator.device)
 
 
-def check_bounds(
-    bounds: tuple[float, float], what: str, low: float = -math.inf, high: float = math.inf
-) -> None:
+def check_bounds(bounds: tuple[float, float], what: str, low: float = -math.inf, high: float = math.inf) -> None:
     """Refuse a (low, high) setting that is out of order or outside the effect's range."""
     numbers = isinstance(bounds, (tuple, list)) and all(isinstance(b, (int, float)) for b in bounds)
-    if not (
-        numbers and len(bounds) == 2 and low <= bounds[0] <= bounds[1] <= high and math.isfinite(sum(bounds))
-    ):
+    if not (numbers and len(bounds) == 2 and low <= bounds[0] <= bounds[1] <= high and math.isfinite(sum(bounds))):
         raise ConfigError(f"{what} {bounds!r}: expected a pair (low, high) in order, within [{low}, {high}]")
 
 

@@ -22,7 +22,7 @@ NYQUIST_HZ = SAMPLE_RATE_HZ / 2
 MU = 255  # of G.711
 LOWPASS_TAPS = 257
 SPEED_STEPS = 100  # speeds are whole hundredths, so that blocks of 100 output samples start on input samples
-SINC_ZEROS = 16  # zero crossings of the speed change's interpolator, each side
+SINC_ZEROS = 32  # zero crossings of the speed change's interpolator, each side
 FRAME_SAMPLES = SAMPLE_RATE_HZ // 100  # 10 ms, the resolution of the silence detector
 
 
@@ -229,9 +229,7 @@ def apply_lowpass(waveform: Tensor, cutoff_hz: Tensor) -> Tensor:
     return fir_filter(waveform[:, None], (taps / taps.sum(dim=1, keepdim=True))[:, None])
 
 
-def draw_bits(
-    shape: tuple[int, int], generator: torch.Generator, *, bits: tuple[int, int] = (6, 10)
-) -> Tensor:
+def draw_bits(shape: tuple[int, int], generator: torch.Generator, *, bits: tuple[int, int] = (6, 10)) -> Tensor:
     """Draw each utterance's resolution in bits, int64 (B,), both ends included."""
     check_bounds(bits, "bits", 2, 16)
     return torch.randint(bits[0], bits[1] + 1, shape[:1], generator=generator, device=generator.device)

@@ -91,7 +91,10 @@ def notch_taps(params: NotchParams) -> Tensor:
     ideal = (m == 0).float() - high * torch.sinc(high * m) + low * torch.sinc(low * m)
     window = 0.54 + 0.46 * torch.cos(2 * torch.pi * m / (n_taps - 1))
     notches = torch.where(2 * m.abs() < n_taps, ideal * window, 0.0)
-    response = torch.fft.rfft(notches, N_FFT).prod(dim=-2)
+    # The method scales a filter to gain 1 at 0 Hz. The cascade's own scaling undoes that but for its sign, which
+    # a notch that reaches 0 Hz may turn, and with it the sign of one power of the signal against the others.
+    polarity = torch.where(notches.sum(dim=-1, keepdim=True) < 0, -1.0, 1.0)
+    response = torch.fft.rfft(notches * polarity, N_FFT).prod(dim=-2)
     response = response / response.abs().amax(dim=-1, keepdim=True)
     return torch.fft.irfft(response, N_FFT)[..., : (longest - 1) * N_NOTCHES + 1]
 
@@ -168,9 +171,7 @@ def apply_stationary(waveform: Tensor, params: StationaryParams) -> Tensor:
     return add_at_snr(waveform, fir_filter(noise[:, None], taps[:, None]), snr_db)
 
 
-def draw_rawboost(
-    shape: tuple[int, int], generator: torch.Generator, *, algorithm: int = 5
-) -> RawBoostParams:
+def draw_rawboost(shape: tuple[int, int], generator: torch.Generator, *, algorithm: int = 5) -> RawBoostParams:
     """Draw the published noises of one algorithm.
 
     Args:

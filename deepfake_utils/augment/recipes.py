@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..conventions import ConfigError
 from . import effects as fx
+from .codecs import CODECS, apply_codec, draw_codec
 from .common import check_bounds, limit_peak
 from .rawboost import ALGORITHMS, apply_rawboost, draw_rawboost
 
@@ -39,6 +40,7 @@ EFFECTS: dict[str, Effect] = {
     "quantisation": Effect(fx.draw_bits, fx.apply_quantisation),
     "silence": Effect(fx.draw_silence, fx.apply_silence),
     "trim": Effect(partial(fx.draw_silence, keep=(0.0, 0.0)), fx.apply_silence),
+    **{codec: Effect(partial(draw_codec, codec=codec), apply_codec) for codec in CODECS},
     **{f"rawboost-{a}": Effect(partial(draw_rawboost, algorithm=a), apply_rawboost) for a in ALGORITHMS},
 }
 
@@ -112,9 +114,7 @@ def _check_effect(name: str, settings: Mapping) -> None:
     unknown = ", ".join(sorted(set(settings) - known - {"probability"}))
     if unknown:
         expected = ", ".join(sorted(known | {"probability"}))
-        raise ConfigError(
-            f"augmentation effect {name!r} has no setting {unknown}: expected one of {expected}"
-        )
+        raise ConfigError(f"augmentation effect {name!r} has no setting {unknown}: expected one of {expected}")
     check_bounds((settings.get("probability", 1.0), 1.0), f"probability of {name}", 0.0, 1.0)
     drawn = {key: value for key, value in settings.items() if key != "probability"}
     draws[name]((1, 1), torch.Generator().manual_seed(0), **drawn)
@@ -137,9 +137,7 @@ def _augment(
     return waveform, target
 
 
-def _apply_to_share(
-    waveform: Tensor, generator: torch.Generator, probability: float, effect: Callable
-) -> Tensor:
+def _apply_to_share(waveform: Tensor, generator: torch.Generator, probability: float, effect: Callable) -> Tensor:
     """Apply an effect to randomly chosen utterances; the others cost nothing."""
     if probability >= 1:
         return effect(waveform, generator)
