@@ -1,0 +1,288 @@
+"""The command line as a script meets it: real processes, exit codes, what is printed where.
+
+Refusals that differ only in the input call `main` in this process, since loading torch takes seconds.
+"""
+
+import csv
+import io
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from deepfake_utils import load_model, score_files
+from deepfake_utils.__main__ import main
+from deepfake_utils.checkpoint import save_weights
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def command(*arguments) -> list[str]:
+    return [sys.executable, "-m", "deepfake_utils", *map(str, arguments)]
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """The tester's own settings must not reach the process."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("DEEPFAKE_")}
+    return kept | {"PYTHONPATH": str(REPOSITORY)} | changes
+
+
+def run(*arguments, cwd=None, **changes: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command(*arguments), cwd=cwd, env=environment(**changes), capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.fixture
+def refused(capsys):
+    """Checks that arguments end in exit code 2, nothing on standard output, and a text naming what is wrong."""
+
+    def check(*arguments, said: str):
+        capsys.readouterr()
+        assert main([str(argument) for argument in arguments]) == 2
+        out, error = capsys.readouterr()
+        assert out == "" and said in error, error
+
+    return check
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    """Untrained AASIST-L, saved the way training saves it."""
+    return save_weights(
+        tmp_path_factory.mktemp("weights") / "model.safetensors", load_model("aasist-l"), name="aasist-l"
+    )
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    """A folder with two bona fide recordings and one spoof."""
+    root = tmp_path_factory.mktemp("corpus")
+    noise = np.random.default_rng(0).normal(0, 0.1, (3, 8000))
+    for name, samples in zip(("bonafide/a.wav", "bonafide/b.flac", "spoof/c.wav"), noise, strict=True):
+        (root / name).parent.mkdir(exist_ok=True)
+        soundfile.write(root / name, samples, 16000)
+    return root
+
+
+@pytest.fixture
+def score_case(tmp_path) -> tuple[Path, Path]:
+    """Scores and keys of six trials worked by hand: one of three on each side is wrong, so EER is 1/3."""
+    scores, keys = tmp_path / "scores.txt", tmp_path / "keys.csv"
+    values = dict(zip("abcdef", (0.1, 0.2, 0.6, 0.5, 0.8, 0.9), strict=True))
+    scores.write_text("".join(f"{name} {value}\n" for name, value in values.items()))
+    rows = "".join(f"{n},{'spoof' if n < 'd' else 'bonafide'},{'A1' if n < 'd' else '-'}\n" for n in values)
+    keys.write_text("utterance,label,attack\n" + rows)
+    return scores, keys
+
+
+def test_help_names_every_command_and_option():
+    assert all(word in run("--help").stdout for word in ("find", "score", "evaluate"))
+    assert all(o in run("score", "--help").stdout for o in ("--weights", "--model", "--out", "--onnx"))
+    options = ("--protocol", "--asv-scores", "--json", "--by", "--higher-is", "--phase", "--html")
+    assert all(option in run("evaluate", "--help").stdout for option in options)
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ((), "find | score | evaluate"),
+        (("trian",), "trian"),
+        (("score", "x.wav"), "--weights"),
+        (("score", "x.wav", "--weights", "w", "--onnx", "o"), "not allowed with"),
+        (("evaluate", "s.txt"), "--protocol"),
+        (("evaluate", "s.txt", "--protocol", "p", "--higher-is", "fake"), "fake"),
+        (("evaluate", "s.txt", "--protocol", "p", "--n-bootstrap", "many"), "many"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused_in_one_line(arguments, said):
+    done = run(*arguments)
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1), done.stderr
+    assert said in done.stderr
+
+
+def test_bad_input_ends_the_process_without_a_traceback(tmp_path):
+    done = run("evaluate", tmp_path / "absent.txt", "--protocol", tmp_path / "absent.txt")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("deepfake_utils: ") and "absent.txt" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_find_counts_trials(corpus):
+    done = run("find", corpus)
+    assert done.returncode == 0, done.stderr
+    assert str(corpus) in done.stdout
+    assert "2 bonafide" in done.stdout and "1 spoof" in done.stdout
+
+
+def test_find_looks_in_the_usual_places(corpus, tmp_path):
+    assert "2 bonafide" in run("find", cwd=tmp_path, DEEPFAKE_DATA=str(corpus)).stdout
+    assert "2 bonafide" in run("find", cwd=tmp_path, DEEPFAKE_KAGGLE_INPUT=str(corpus.parent)).stdout
+
+
+def test_find_says_where_it_looked(tmp_path, refused):
+    refused("find", tmp_path, said=str(tmp_path))
+    refused("find", tmp_path / "absent", said="absent")
+
+
+def test_find_names_missing_audio(corpus, reference_data, tmp_path):
+    protocols = "LA/ASVspoof2019_LA_cm_protocols"
+    source = reference_data / "asvspoof2019_subset"
+    (tmp_path / protocols).mkdir(parents=True)
+    (tmp_path / "LA/ASVspoof2019_LA_dev/flac").mkdir(parents=True)
+    name = "ASVspoof2019.LA.cm.dev.trl.txt"
+    lines = (source / protocols / name).read_text().splitlines()[:3]
+    (tmp_path / protocols / name).write_text("\n".join(lines) + "\n")
+    utterance = lines[0].split()[1]
+    recording = f"LA/ASVspoof2019_LA_dev/flac/{utterance}.flac"
+    (tmp_path / recording).write_bytes((source / recording).read_bytes())
+    assert "audio missing: 2" in run("find", tmp_path).stdout
+
+
+def test_score_gives_the_models_logits(corpus, weights):
+    done = run("score", corpus / "bonafide", corpus / "spoof" / "c.wav", "--weights", weights)
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader(io.StringIO(done.stdout)))
+    assert list(rows[0]) == ["path", "score", "logit_spoof", "logit_bonafide", "duration_s"]
+    assert [Path(row["path"]).name for row in rows] == ["a.wav", "b.flac", "c.wav"]
+    assert all(float(row["duration_s"]) == 0.5 for row in rows)
+    expected = score_files(corpus / "spoof", load_model(weights=weights), progress=None)
+    assert float(rows[2]["score"]) == pytest.approx(expected["score"][0], abs=1e-5)
+    assert float(rows[2]["logit_spoof"]) == pytest.approx(expected["logit_spoof"][0], abs=1e-5)
+
+
+def test_an_unreadable_recording_is_named_after_the_others_are_scored(corpus, weights, tmp_path):
+    broken = tmp_path / "broken.wav"
+    broken.write_bytes(b"RIFF, but no wave")
+    out = tmp_path / "scores.csv"
+    done = run("score", broken, corpus, "--weights", weights, "--out", out)
+    assert done.returncode == 1
+    assert "broken.wav" in done.stderr and "Traceback" not in done.stderr
+    with out.open() as lines:
+        assert [Path(row["path"]).name for row in csv.DictReader(lines)] == ["a.wav", "b.flac", "c.wav"]
+
+
+def test_scoring_nothing_but_unreadable_recordings_writes_no_file(weights, tmp_path):
+    (tmp_path / "broken.wav").write_bytes(b"")
+    done = run("score", tmp_path / "broken.wav", "--weights", weights, "--out", tmp_path / "scores.csv")
+    assert done.returncode == 1 and "broken.wav" in done.stderr
+    assert not (tmp_path / "scores.csv").exists()
+
+
+def test_score_refuses_what_it_cannot_do(corpus, weights, tmp_path, refused):
+    refused("score", tmp_path / "absent.wav", "--weights", weights, said="absent.wav")
+    refused("score", corpus, "--weights", tmp_path / "none.safetensors", said="none.safetensors")
+    refused("score", corpus, "--weights", weights, "--model", "rawnet2", said="rawnet2")
+    damaged = tmp_path / "damaged.pth"
+    damaged.write_bytes(b"not weights")
+    refused("score", corpus, "--weights", damaged, "--model", "aasist", said="damaged.pth")
+    (tmp_path / "file").write_text("")
+    refused("score", corpus / "spoof", "--weights", weights, "--out", tmp_path / "file" / "scores.csv", said="file")
+
+
+def test_score_with_published_weights(reference_data):
+    folder = reference_data / "asvspoof2019_subset/LA/ASVspoof2019_LA_eval/flac"
+    with (reference_data / "published_weights/golden_logits.csv").open() as lines:
+        golden = next(row for row in csv.DictReader(lines) if (folder / f"{row['utterance']}.flac").is_file())
+    recording = folder / f"{golden['utterance']}.flac"
+    done = run(
+        "score", recording, "--weights", reference_data / "published_weights/AASIST-L.pth", "--model", "aasist-l"
+    )
+    row = next(csv.DictReader(io.StringIO(done.stdout)))
+    column = next(name for name in golden if "aasist-l" in name.lower() and "bonafide" in name.lower())
+    assert float(row["score"]) == pytest.approx(float(golden[column]), abs=1e-4)
+
+
+def test_evaluate_writes_the_hand_worked_figures(score_case, tmp_path):
+    scores, keys = score_case
+    done = run("evaluate", scores, "--protocol", keys, "--json", tmp_path / "out.json", "--by", "attack")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert result["eer"] == pytest.approx(1 / 3)
+    assert (result["n_bonafide"], result["n_spoof"], result["min_tdcf"]) == (3, 3, None)
+    assert result["per_attack"]["A1"]["eer"] == pytest.approx(1 / 3)
+    assert "33.333 %" in done.stdout and "A1" in done.stdout
+    assert "note:" in done.stderr  # speakers are unknown, so the intervals are by trial
+
+
+def test_evaluate_takes_scores_that_point_the_other_way(score_case, tmp_path):
+    scores, keys = score_case
+    flipped = tmp_path / "flipped.txt"
+    pairs = (line.split() for line in scores.read_text().splitlines())
+    flipped.write_text("".join(f"{name} {-float(value)}\n" for name, value in pairs))
+    wrong = run("evaluate", flipped, "--protocol", keys, "--n-bootstrap", 0)
+    assert "--higher-is spoof" in wrong.stderr
+    right = run("evaluate", flipped, "--protocol", keys, "--n-bootstrap", 0, "--higher-is", "spoof")
+    assert "33.333 %" in right.stdout and "note:" not in right.stderr
+
+
+def test_evaluate_refuses_scores_that_do_not_fit(score_case, tmp_path, refused):
+    scores, keys = score_case
+    short = tmp_path / "short.txt"
+    short.write_text("\n".join(scores.read_text().splitlines()[:-1]) + "\n")
+    refused("evaluate", short, "--protocol", keys, "--json", tmp_path / "out.json", said="f")
+    assert not (tmp_path / "out.json").exists()
+    refused("evaluate", scores, "--protocol", tmp_path / "absent.txt", said="absent.txt")
+    refused("evaluate", scores, "--protocol", keys, "--by", "codec", said="codec")
+    refused("evaluate", scores, "--protocol", keys, "--phase", "hidden", said="hidden")
+    binary = tmp_path / "binary.txt"
+    binary.write_bytes(bytes(range(256)))
+    refused("evaluate", binary, "--protocol", keys, said="binary.txt")
+
+
+def test_evaluate_reproduces_published_figures(reference_data, tmp_path):
+    published = reference_data / "published_scores"
+    asv = next((reference_data / "asvspoof2019_subset").rglob("*asv.eval*"))
+    done = run(
+        "evaluate", published / "rawgat_st_mul.LA.eval.txt",
+        "--protocol", published / "ASVspoof2019.LA.cm.eval.trl.txt",
+        "--asv-scores", asv, "--n-bootstrap", 0, "--json", tmp_path / "out.json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert math.isclose(result["eer"], 0.0106, abs_tol=5e-5)
+    assert math.isclose(result["min_tdcf"], 0.0335, abs_tol=5e-5)
+
+
+def test_evaluate_writes_a_self_contained_page(score_case, tmp_path):
+    scores, keys = score_case
+    page = tmp_path / "report.html"
+    done = run("evaluate", scores, "--protocol", keys, "--n-bootstrap", 0, "--html", page)
+    assert done.returncode == 0, done.stderr
+    text = page.read_text()
+    assert "33.33" in text and "data:image" in text
+    assert not any(link in text for link in ('src="http', 'href="http', "<script src"))
+
+
+def test_a_reader_that_stops_early_is_no_error(score_case):
+    scores, keys = score_case
+    line = " ".join(f"'{part}'" for part in command("evaluate", scores, "--protocol", keys, "--n-bootstrap", 0))
+    shell = ["bash", "-c", f"set -o pipefail; {line} | true"]
+    done = subprocess.run(shell, env=environment(), capture_output=True, text=True)
+    assert "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr
+
+
+def test_interrupting_ends_without_a_traceback(weights, tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.random.default_rng(0).normal(0, 0.1, 16000), 16000)
+    many = [tmp_path / "a.wav"]
+    for i in range(400):
+        (tmp_path / f"{i}.wav").symlink_to(many[0])
+    process = subprocess.Popen(
+        command("score", tmp_path, "--weights", weights), env=environment(), stderr=subprocess.PIPE, text=True
+    )
+    for line in iter(lambda: process.stderr.read(20), ""):
+        if "scoring" in line or "%" in line:  # the progress bar is there: the work has begun
+            break
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, rest = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted" in rest and "Traceback" not in rest
