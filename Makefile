@@ -2,7 +2,8 @@
 # make run DATA=folder ARGS="-p epochs 5"      ... on the corpus in that folder, with parameters
 # make test                                    all tests        (make test ARGS="-k metrics" for some)
 # make sync                                    bring each notebook's .py and .ipynb together
-# make bench, make test-gpu                    what the tests leave out: timings; tests that need a GPU
+# make bench                                   timings, which no test asserts
+# make test-gpu                                all tests on a machine with a GPU, where none of them is skipped
 
 SHELL := /bin/bash
 DATA ?=
@@ -26,10 +27,13 @@ sync: install
 	@$(BIN) -m jupytext --sync notebooks/[0-9]*.py
 
 bench: install
-	@$(BIN) -m pytest tests/benchmarks -s $(ARGS)
+	@for script in tests/benchmarks/*.py; do \
+		echo "== $$script"; PYTHONPATH=. $(BIN) "$$script" $(ARGS) || exit 1; \
+	done
 
 test-gpu: install
-	@$(BIN) -m pytest -m gpu $(ARGS)
+	@$(BIN) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "make: PyTorch sees no GPU here")'
+	@$(BIN) -m pytest $(ARGS)
 
 # The environment is made once and brought up to date only when requirements.txt changes. The copy of
 # requirements.txt is put there last, so that an interrupted install is taken up again.

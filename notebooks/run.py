@@ -39,6 +39,7 @@ from papermill.exceptions import PapermillExecutionError
 
 FOLDER = Path(__file__).resolve().parent
 RUNS = FOLDER.parent / "runs"
+FIRST_LOOK = {"time_budget_s": "120"}  # a run without a wish takes minutes; `-p time_budget_s 36000` for a real one
 SET_BY_RUNNER = {"data": "--data FOLDER", "run_dir": "--runs FOLDER"}
 TYPES = {"str": str, "int": int, "float": float, "bool": bool}
 OUTPUTS = {
@@ -288,7 +289,8 @@ def run(notebooks: list[Path], data: str, runs: Path, asked: list[tuple[str, str
         RunError: something asked for does not exist, or a notebook failed.
     """
     known = {notebook: read_parameters(notebook) for notebook in notebooks}
-    values = choose_values(known, asked)
+    wished = [item for item in FIRST_LOOK.items() if any(item[0] in parameters for parameters in known.values())]
+    values = choose_values(known, [*wished, *asked])
     if data != "demo":
         if not Path(data).is_dir():
             raise RunError(f"DATA: no folder {Path(data).absolute()}")
