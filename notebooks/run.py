@@ -79,9 +79,7 @@ class Parameter:
         try:
             return TYPES[self.type](text)
         except ValueError:
-            raise RunError(
-                f"parameter {self.name}: {text!r} is not of type {self.type} ({self.meaning})"
-            ) from None
+            raise RunError(f"parameter {self.name}: {text!r} is not of type {self.type} ({self.meaning})") from None
 
 
 def read_parameters(notebook: Path) -> dict[str, Parameter]:
@@ -111,9 +109,7 @@ def read_parameters(notebook: Path) -> dict[str, Parameter]:
         try:
             ast.literal_eval(statement.value)
         except ValueError:
-            raise RunError(
-                f"{notebook.name}: {line!r} computes its value; parameters are plain values"
-            ) from None
+            raise RunError(f"{notebook.name}: {line!r} computes its value; parameters are plain values") from None
         name, kind = statement.target.id, ast.unparse(statement.annotation)
         parameters[name] = Parameter(name, kind, ast.unparse(statement.value), meaning[2:])
     return parameters
@@ -226,9 +222,7 @@ def summarise(run_dir: Path, seconds: dict[str, float]) -> str:
         tdcf = show(metrics.get("min_tdcf"), ".4f")
         rows.append(f"{name:<20}{show_eer(metrics):>26}{tdcf:>12}{took_s:>10.0f}")
     rows.append(f"{'together':<58}{sum(seconds.values()):>10.0f}\n")
-    rows.append(
-        f"corpus     {corpus.get('name')} ({corpus.get('kind')}), fingerprint {corpus.get('fingerprint')}"
-    )
+    rows.append(f"corpus     {corpus.get('name')} ({corpus.get('kind')}), fingerprint {corpus.get('fingerprint')}")
     if corpus.get("kind") == "demo":
         rows.append("           synthetic: the numbers show that the path works and say nothing about speech")
     rows += [f"{what:<11}{locate(run_dir, pattern)}" for what, pattern in OUTPUTS.items()]
