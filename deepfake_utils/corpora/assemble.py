@@ -97,9 +97,9 @@ def _family(kind: str, split: str) -> str:
 def _year_fits(audio: Path, kind: str) -> int:
     """2019 and 2021 LA share the names LA_E_...: 1 if a folder says the year of this kind, -1 if the other, else 0."""
     said = {year for year in ("2019", "2021") if any(year in part for part in audio.parts)}
-    if len(said) != 1 or kind in ("demo", "asvspoof5"):
+    if len(said) != 1 or kind == "asvspoof5":
         return 0
-    return 1 if said.pop() in kind else -1
+    return 1 if said.pop() in kind.replace("demo", "2019") else -1
 
 
 def _shared(one: Path, other: Path) -> int:

@@ -56,11 +56,11 @@ def read_folders(root: Path) -> pd.DataFrame:
     rows = {name: [] for name in ("utterance", "path", "label", "attack", "split")}
     for split, label, folder in _label_folders(root):
         for path in _recordings(folder):
-            within = Path(path).relative_to(folder).parts
-            rows["utterance"].append(Path(path).relative_to(root).as_posix())
+            subfolder, _, name = path[len(os.fspath(folder)) + 1 :].replace(os.sep, "/").partition("/")
+            rows["utterance"].append(path[len(os.fspath(root)) + 1 :].replace(os.sep, "/"))
             rows["path"].append(path)
             rows["label"].append(label)
-            rows["attack"].append(attack_or_none(label, within[0] if len(within) > 1 else ""))
+            rows["attack"].append(attack_or_none(label, subfolder if name else ""))
             rows["split"].append(split)
     if not rows["path"]:
         raise CorpusError(f"{root} has label folders but no recordings in them; put audio files into both")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from deepfake_utils.conventions import CorpusError
-from deepfake_utils.corpora.trials import attack_or_none, csv_rows, label_of, locate, make_table
+from deepfake_utils.corpora.trials import attack_or_none, csv_rows, label_of, locate, make_table, split_audio_name
 
 MARKER_COLUMNS = {"file", "speaker", "label"}
 
@@ -30,7 +30,8 @@ def read(meta: Path, folders: Iterable[Path]) -> pd.DataFrame:
     rows = {name: [] for name in ("utterance", "label", "attack", "speaker", "line")}
     first_line: dict[str, int] = {}
     for number, row in csv_rows(meta, MARKER_COLUMNS):
-        label, utterance = label_of(row["label"]), Path(row["file"]).stem
+        label = label_of(row["label"])
+        utterance = split_audio_name(row["file"].rpartition("/")[2])[0] or row["file"]
         if label is None:
             raise CorpusError(f"{meta} line {number}: unknown label {row['label']!r}, expected bona-fide or spoof")
         if (earlier := first_line.setdefault(utterance, number)) != number:

@@ -17,6 +17,7 @@ from deepfake_utils.conventions import BONAFIDE, LABEL_NAMES, NO_ATTACK, PROTOCO
 SPLITS = ("train", "dev", "eval")
 UNKNOWN_SPEAKER = "-"
 UNKNOWN_ATTACK = "unknown"
+CHANCE_AGREEMENT = 0.1  # of the names in a folder or of those wanted, whichever are fewer
 
 LABEL_WORDS = {  # as people write them, letters only
     **dict.fromkeys(("bonafide", "real", "genuine", "human", "authentic"), BONAFIDE),
@@ -108,38 +109,38 @@ def audio_names(folder: Path) -> Iterator[str]:
         return
 
 
-def list_audio(folder: Path, wanted: Collection[str] | None = None) -> dict[str, str]:
-    """Audio files directly inside a folder, by stem, from one listing (no call per file).
+def locate(wanted: Collection[str], folders: Iterable[Path]) -> dict[str, str]:
+    """Paths of the wanted utterances, from one listing a folder; the folder that holds most of them goes first.
+
+    A folder in which only few names agree by chance holds another corpus: the 7-digit names of ASVspoof 2019 and 2021
+    LA coincide about a thousand times. It is left out.
 
     Args:
-        folder: where to look.
-        wanted: stems of interest; None for all.
+        wanted: utterances, which are the stems of their files.
+        folders: where to look, nearest first.
 
     Returns:
-        {stem: path}; where one stem has several suffixes, the first in AUDIO_SUFFIXES (.flac, .wav, ...) wins.
+        {utterance: path}; where one has several suffixes, the first in AUDIO_SUFFIXES (.flac, .wav, ...) wins.
     """
-    found: dict[str, str] = {}
-    for name in audio_names(folder):
-        stem = split_audio_name(name)[0]
-        if (wanted is None or stem in wanted) and (stem not in found or _rank(name) < _rank(found[stem])):
-            found[stem] = name
-    return {stem: os.path.join(folder, name) for stem, name in found.items()}
+    wanted = set(wanted)
+    listings: list[dict[str, str]] = []
+    for folder in folders:
+        found, n_names = {}, 0
+        for name in audio_names(folder):
+            n_names += 1
+            stem = split_audio_name(name)[0]
+            if stem in wanted and (stem not in found or _rank(name) < _rank(found[stem])):
+                found[stem] = name
+        if len(found) > CHANCE_AGREEMENT * min(n_names, len(wanted)):
+            listings.append({stem: os.path.join(folder, name) for stem, name in found.items()})
+        if len(found) == len(wanted):
+            break
+    listings.sort(key=len)
+    return {stem: path for listing in listings for stem, path in listing.items()}
 
 
 def _rank(name: str) -> tuple[int, str]:
     return AUDIO_SUFFIXES.index(split_audio_name(name)[1].lower()), name
-
-
-def locate(wanted: Collection[str], folders: Iterable[Path]) -> dict[str, str]:
-    """Paths of the wanted utterances: the nearest folder first, later ones only for what is still missing."""
-    missing, found = set(wanted), {}
-    for folder in folders:
-        if not missing:
-            break
-        here = list_audio(folder, missing)
-        found.update(here)
-        missing -= here.keys()
-    return found
 
 
 def make_table(rows: dict[str, list], corpus: str) -> pd.DataFrame:
