@@ -23,3 +23,13 @@ def reference_data() -> Path:
     if folder is None:
         pytest.skip("reference data absent: set DEEPFAKE_REFERENCE_DATA to the folder that holds MANIFEST.md")
     return folder
+
+
+@pytest.fixture(scope="session")
+def demo_runs(tmp_path_factory) -> Path:
+    """A folder for runs of the notebooks, with a small demo corpus in it that all of them share."""
+    from deepfake_utils.corpora import build_demo
+
+    folder = tmp_path_factory.mktemp("runs")
+    build_demo(folder / "demo", scale=0.1)
+    return folder
