@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from itertools import islice
 from typing import NamedTuple
 
@@ -21,6 +22,8 @@ import torch
 from deepfake_utils.conventions import CROP_SAMPLES, ConfigError
 
 Augmentation = Callable[[torch.Tensor, torch.Tensor, torch.Generator], tuple[torch.Tensor, torch.Tensor]]
+
+SCALE = 1 / 32768  # of int16 samples; exact, because it is a power of two
 
 _ORDER, _CROPS, _AUGMENTATION = range(3)  # independent streams of random numbers within a seed
 
@@ -53,27 +56,30 @@ class Batches:
         return len(self._steps)
 
     def __iter__(self) -> Iterator[Batch]:
-        on_device = hasattr(self._source, "gather")
-        make = self._gather if on_device else self._assemble
-        made = map(make, self._steps) if on_device else read_ahead(make, self._steps, self._prefetch)
-        try:
+        if self._device.type != "cpu" and hasattr(self._source, "gather"):
+            made = (self._gather(step) for step in self._steps)
+        else:
+            made = read_ahead(self._assemble, self._steps, self._prefetch)
+        with closing(made):
             for step in self._steps:
-                started = time.perf_counter()
-                plan, samples = next(made)
-                waveform = to_waveform(samples, self._device)
-                self.wait_s += time.perf_counter() - started
-                started = time.perf_counter()
+                started_s = time.perf_counter()
+                plan, waveform = next(made)
+                if waveform.dtype == torch.int16:
+                    waveform = to_waveform(waveform, self._device)
+                finishing_s = time.perf_counter()
                 batch = self._finish(step, plan, waveform)
-                self.augment_s += time.perf_counter() - started
+                self.wait_s += finishing_s - started_s
+                self.augment_s += time.perf_counter() - finishing_s
                 self.steps += 1
                 yield batch
-        finally:
-            if not on_device:
-                made.close()
 
     def _assemble(self, step: int) -> tuple[_Plan, torch.Tensor]:
+        """In a thread: a batch in host memory, float on its way to the CPU and int16 on its way elsewhere."""
         plan = self._plan(step)
-        return plan, host_crops(self._source, plan, self._n_samples, pin=self._device.type == "cuda")
+        crops = host_crops(self._source, plan, self._n_samples, pin=self._device.type == "cuda")
+        if self._device.type == "cpu":  # by NumPy: a torch kernel would start a team of threads in each thread
+            crops = torch.from_numpy(np.multiply(crops.numpy(), np.float32(SCALE), dtype=np.float32))
+        return plan, crops
 
     def _gather(self, step: int) -> tuple[_Plan, torch.Tensor]:
         plan = self._plan(step)
@@ -218,8 +224,8 @@ def host_crops(source, plan: _Plan, n_samples: int, *, pin: bool = False) -> tor
 
 
 def to_waveform(samples: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """int16 samples to float32 in [-1, 1) on `device`; exact, because the divisor is a power of two."""
-    return samples.to(device, non_blocking=True).to(torch.float32) * (1 / 32768)
+    """int16 samples to float32 in [-1, 1) on `device`."""
+    return samples.to(device, non_blocking=True).to(torch.float32) * SCALE
 
 
 def read_ahead(make: Callable[[int], object], steps: range, depth: int) -> Iterator:
