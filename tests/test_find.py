@@ -164,6 +164,7 @@ def test_in_the_wild_with_its_recordings_beside_or_sorted_by_label(tmp_path, sub
 def test_plain_folders_however_they_are_labelled(tmp_path, bonafide, spoof):
     touch(tmp_path / "mine" / bonafide, ["a"], ".wav")
     touch(tmp_path / "mine" / spoof / "vits", ["b"], ".mp3")
+    touch(tmp_path / "mine" / "generated", ["spectrogram"], ".png")
     corpus = only(tmp_path)
     assert (corpus.kind, corpus.name, corpus.splits) == ("folder", "mine", ("eval",))
     assert list(corpus.protocol()["attack"]) in (["-", "vits"], ["vits", "-"])
@@ -305,7 +306,7 @@ def test_nothing_found_lists_every_place_what_was_there_and_what_to_attach(tmp_p
         find_corpora()
     text = str(caught.value)
     for expected in [
-        f"{tmp_path / 'empty'}: 1 folders",
+        f"{tmp_path / 'empty'}: 1 folder(s), 0 with audio",
         "at the top: empty",
         str(find.KAGGLE_INPUT),
         "keys/",
@@ -332,7 +333,7 @@ def test_an_unknown_name_says_what_there_is(tmp_path):
 
 
 def test_a_folder_of_audio_is_left_early_but_its_marker_is_found(tmp_path, monkeypatch):
-    monkeypatch.setattr(survey, "AUDIO_ENOUGH", 20)
+    monkeypatch.setattr(survey, "FILES_ENOUGH", 20)
     touch(tmp_path / "wild", range(3_000), ".wav")
     rows = [f"{i}.wav,Someone,{'spoof' if i % 2 else 'bona-fide'}" for i in range(3_000)]
     write(tmp_path / "wild" / "meta.csv", "file,speaker,label", *rows)

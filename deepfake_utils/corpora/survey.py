@@ -1,7 +1,7 @@
 """Walk folders once, within bounds, and note every file or folder that marks a corpus.
 
-A folder of audio is left after AUDIO_ENOUGH files: on a network mount a listing of 600,000 names takes minutes and
-tells nothing more. What such a folder may still hide is then asked for by name.
+A folder is left after FILES_ENOUGH files, which are then its data: on a network mount a listing of 600,000 names takes
+minutes and tells nothing more. What such a folder may still hide is asked for by name.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from deepfake_utils.corpora.trials import label_of, split_audio_name
 
 MAX_DEPTH = 9  # /kaggle/input/datasets/<owner>/<slug>/LA/LA/ASVspoof2019_LA_train/flac is 7 below /kaggle/input
 MAX_FOLDERS = 20_000
-AUDIO_ENOUGH = 1_000
+FILES_ENOUGH = 1_000
 LABEL_FOLDERS_TRIED = 100
 
 DEMO_MARKER = "DEMO.json"
@@ -119,7 +119,7 @@ def _walk(place: Path, max_depth: int, found: Survey, seen: set[str]) -> str:
                 for entry in sorted(listing.inside, key=lambda entry: entry.name)
             )
     n_audio = sum(place.absolute() in (audio, *audio.parents) for audio in found.audio)
-    note = f"{place}: {n_folders:,} folders, {n_audio:,} of them with audio; at the top: "
+    note = f"{place}: {n_folders:,} folder(s), {n_audio:,} with audio; at the top: "
     note += ", ".join(top[:12]) + (f", ... ({len(top)} entries)" if len(top) > 12 else "") if top else "empty"
     if unreadable:
         note += f"; not readable: {', '.join(unreadable[:3])}"
@@ -127,7 +127,7 @@ def _walk(place: Path, max_depth: int, found: Survey, seen: set[str]) -> str:
 
 
 def _list(path: str) -> _Listing:
-    """List one folder, stopping early where it is clearly one of audio."""
+    """List one folder, stopping early where it is clearly one of data."""
     files, inside, families, n_audio = [], [], set(), 0
     with os.scandir(path) as entries:
         for entry in entries:
@@ -136,14 +136,13 @@ def _list(path: str) -> _Listing:
                 n_audio += 1
                 if match := _UTTERANCE_FAMILY.match(stem):
                     families.add(match[1])
-                if n_audio >= AUDIO_ENOUGH:
-                    files.extend(name for name in _BY_NAME if os.path.isfile(os.path.join(path, name)))
-                    break
-            elif _is_folder(entry):
-                if not entry.name.startswith(".") and entry.name.lower() not in _NEVER:
-                    inside.append(entry)
-            else:
+            elif not _is_folder(entry):
                 files.append(entry.name)
+            elif not entry.name.startswith(".") and entry.name.lower() not in _NEVER:
+                inside.append(entry)
+            if n_audio + len(files) >= FILES_ENOUGH:
+                files.extend(name for name in _BY_NAME if os.path.isfile(os.path.join(path, name)))
+                break
     return _Listing(files, inside, families, n_audio)
 
 
@@ -163,20 +162,18 @@ def _note_markers(here: Path, listing: _Listing, found: Survey) -> None:
         _note_file(here / name, found)
     if listing.n_audio:
         found.audio[here] = listing.families
-    labels = {entry: label_of(entry.name) for entry in listing.inside}
+    labels = {entry.name: label_of(entry.name) for entry in listing.inside}
     if not {SPOOF, BONAFIDE} <= set(labels.values()):
         return
-    inside = [entry for entry, label in labels.items() if label is not None]
-    holding = [entry.path for entry in inside if _note_label_folder(entry.path, found)]
-    if len(holding) == len(inside):
-        found.labelled.append(here)
-        for entry in inside:  # all below is one corpus, listed in full when its protocol is read
-            listing.inside.remove(entry)
+    holding = {name for name, label in labels.items() if label is not None and _note_label_folder(here / name, found)}
+    if {SPOOF, BONAFIDE} <= {labels[name] for name in holding}:
+        found.labelled.append(here)  # all below is one corpus, listed in full when its protocol is read
+        listing.inside[:] = [entry for entry in listing.inside if entry.name not in holding]
 
 
-def _note_label_folder(path: str, found: Survey) -> bool:
+def _note_label_folder(path: Path, found: Survey) -> bool:
     """Whether recordings lie in a label folder or not far below it; pictures may be labelled real and fake, too."""
-    queue, n_folders = deque([path]), 0
+    queue, n_folders = deque([os.fspath(path)]), 0
     while queue and n_folders < LABEL_FOLDERS_TRIED:
         here = queue.popleft()
         n_folders += 1

@@ -92,7 +92,7 @@ def csv_rows(path: Path, columns: Collection[str]) -> Iterator[tuple[int, dict[s
                 )
             yield reader.line_num, row
     except csv.Error as error:
-        raise CorpusError(f"{path} line {reader.line_num}: {error}; the file is truncated or damaged") from None
+        raise CorpusError(f"{path} line {reader.line_num + 1}: {error}; the file is truncated or damaged") from None
 
 
 def audio_names(folder: Path) -> Iterator[str]:
