@@ -101,9 +101,7 @@ def test_a_fractional_target_lies_between_the_hard_ones_for_one_example(name):
     loss = build_loss(name, 6)
     generator = seeded(2)
     logits, embedding = torch.randn(1, 2, generator=generator), torch.randn(1, 6, generator=generator)
-    low, middle, high = sorted(
-        loss(logits, embedding, torch.tensor([share])).item() for share in (0.0, 0.5, 1.0)
-    )
+    low, middle, high = sorted(loss(logits, embedding, torch.tensor([share])).item() for share in (0.0, 0.5, 1.0))
     assert low < high and low <= middle <= high
 
 
