@@ -18,7 +18,8 @@ from deepfake_utils.conventions import CROP_SAMPLES, SAMPLE_RATE_HZ, TrainingErr
 from deepfake_utils.models import build_model
 from deepfake_utils.runtime import Precision, free_memory_bytes, pick_precision
 
-CPU_PROBE = 4  # utterances: on a CPU the time is proportional to the batch, so a small one is enough
+CPU_PROBE = 2  # utterances: on a CPU the time is proportional to the batch, so a small one is enough
+LONG_STEP_S = 1.0  # a first step this long is the measurement: its warm-up no longer matters
 MEMORY_SHARE = 0.8  # of what is free, for the automatic batch size
 LARGEST_BATCH_RATIO = 8  # times the published 24: beyond it the learning-rate rule has not been shown to hold
 PLANNED_SHARE = 0.85  # of the time budget: decoding, saving and drawing need the rest
@@ -87,7 +88,12 @@ def _time_training(
 
 
 def _best_time(action: Callable[[], object], device: torch.device, repeats: int = 2) -> float:
+    started = time.perf_counter()
     action()  # allocations, autotuning
+    _synchronize(device)
+    first_s = time.perf_counter() - started
+    if first_s > LONG_STEP_S:
+        return first_s
     times = []
     for _ in range(repeats):
         _synchronize(device)
