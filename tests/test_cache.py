@@ -1,5 +1,6 @@
 """The clip cache: hits counted, one decode a clip, the budget following real and simulated memory, processes."""
 
+import ctypes
 import gc
 import multiprocessing
 import os
@@ -200,6 +201,24 @@ def test_memory_is_given_back_while_nobody_asks_for_clips():
     cache.get("k", lambda: clip_of(0))
     machine.taken_bytes = 2 * PLENTY_BYTES
     assert wait_until(lambda: len(cache) == 0)
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="not the GNU C library")
+def test_purged_clips_leave_the_process():
+    """Freeing alone does not: the allocator keeps the pages between clips that stay."""
+
+    def resident_bytes() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    machine = Machine(PLENTY_BYTES)
+    cache = machine.cache = make_cache(PLENTY_BYTES, free_bytes=machine.free_bytes)
+    for key in range(2000):
+        cache.get(key, lambda: clip_of(1, 24_000))
+    full_bytes, held_bytes = resident_bytes(), cache.bytes
+    machine.taken_bytes = PLENTY_BYTES - held_bytes // 2
+    cache.follow_memory()
+    assert cache.purged in (1000, 1001)
+    assert full_bytes - resident_bytes() > 0.4 * held_bytes
 
 
 def test_the_watching_thread_ends_with_its_cache():

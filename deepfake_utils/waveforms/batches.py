@@ -131,6 +131,7 @@ def train_batches(
     labels = np.asarray(labels)
     if labels.shape != (len(source),):
         raise ConfigError(f"labels have shape {labels.shape}: expected ({len(source)},), one a clip")
+    _check_sizes(batch_size=batch_size, n_samples=n_samples)
     order = epoch_order(len(source), seed, epoch, weights)
     n_steps = len(order) // batch_size if drop_last else -(-len(order) // batch_size)
     if n_steps == 0:
@@ -166,6 +167,7 @@ def eval_batches(
 
     The last batch may be short, and the targets are zeros: scoring knows no labels.
     """
+    _check_sizes(batch_size=batch_size, n_samples=n_samples)
 
     def plan(step: int) -> _Plan:
         index = np.arange(step * batch_size, min((step + 1) * batch_size, len(source)))
@@ -269,6 +271,12 @@ class _Ahead(threading.Thread):
 def _entropy(seed: int, epoch: int, step: int, stream: int) -> np.random.SeedSequence:
     # A spawn key and not a list of words: SeedSequence([1]) and SeedSequence([1, 0]) give the same numbers.
     return np.random.SeedSequence(seed, spawn_key=(epoch, step, stream))
+
+
+def _check_sizes(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if size < 1:
+            raise ConfigError(f"{name} is {size}: expected 1 or more")
 
 
 def _check_source_device(source, device: torch.device) -> None:

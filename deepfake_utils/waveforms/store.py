@@ -16,7 +16,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -224,6 +224,7 @@ def open_store(
                 f"the packed store {samples_path} cannot be written: {error.strerror or error}; what is already "
                 "decoded is kept there. Free space or name another folder, and run again to go on"
             ) from error
+    _drop_replaced(declaration, samples_path)
     return PackedStore(samples_path, source.utterances)
 
 
@@ -391,11 +392,16 @@ def _require_space(source: FileSource, path: Path, already_bytes: int) -> None:
 
 
 def _declare(declaration: Path, fingerprint: str, samples_path: Path, n_clips: int) -> None:
-    """Make the store valid, then drop the samples of the one it replaces."""
+    """Make the store valid."""
     index = samples_path.with_suffix(".index").read_bytes()
     facts = {"fingerprint": fingerprint, "n_clips": n_clips, "index_crc32": zlib.crc32(index), **SETTINGS}
     with atomic_write(declaration) as part:
         part.write_text(json.dumps(facts, indent=1))
-    for file in declaration.parent.iterdir():
-        if file.name.startswith(f"{declaration.stem}-") and file.stem != samples_path.stem:
-            file.unlink(missing_ok=True)
+
+
+def _drop_replaced(declaration: Path, samples_path: Path) -> None:
+    """Delete what earlier states of the corpus left behind."""
+    with suppress(OSError):
+        for file in declaration.parent.iterdir():
+            if file.name.startswith(f"{declaration.stem}-") and file.stem != samples_path.stem:
+                file.unlink()
