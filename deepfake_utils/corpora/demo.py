@@ -11,6 +11,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -18,7 +19,6 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import soundfile
@@ -31,15 +31,15 @@ from deepfake_utils.conventions import (
     CorpusError,
     atomic_write,
 )
+from deepfake_utils.corpora.corpus import Corpus
 from deepfake_utils.corpora.demo_attacks import SEEN_ATTACKS, UNSEEN_ATTACKS, spoof
 from deepfake_utils.corpora.demo_voice import draw_recording, draw_speaker, record, speak
 
-if TYPE_CHECKING:
-    from deepfake_utils.corpora.find import Corpus
-
 DEMO_NOTICE = "Demo corpus: synthetic babble made by this program. Its numbers say nothing about speech."
 MARKER = "DEMO.json"
-VERSION = 1  # raise it whenever the samples change, so that cached corpora are built anew
+VERSION = 2  # raise it whenever the samples change, so that cached corpora are built anew
+
+_OWN_AUDIO = re.compile(r"LA_[TDE]_000\d{4}\.flac")  # the organisers' numbers have seven digits from 1000137 up
 
 
 @dataclass(frozen=True)
@@ -109,9 +109,14 @@ def build_demo(folder: str | os.PathLike, *, seed: int = 0, scale: float = 1.0) 
         with _only_builder(folder):
             if not _is_complete(folder, settings):  # another process may have built it while we waited
                 _build(folder, settings)
-    from deepfake_utils.corpora.find import find_corpora
-
-    return find_corpora(folder)[0]
+    return Corpus(
+        name="demo",
+        kind="demo",
+        root=folder / "LA",
+        protocols={split: _protocol_path(folder, split) for split in SPLITS},
+        folders={split: (_audio_folder(folder, split),) for split in SPLITS},
+        asv={split: _asv_path(folder, split) for split in ("dev", "eval")},
+    )
 
 
 def _build(folder: Path, settings: dict) -> None:
@@ -143,17 +148,16 @@ def plan(folder: Path, split: str, seed: int, scale: float) -> list[_Trial]:
     rng = np.random.default_rng((seed, number))
     kinds = [kind for kind, count in counts.items() for _ in range(count)]
     turns = np.concatenate([np.arange(counts[NO_ATTACK]), np.arange(len(kinds) - counts[NO_ATTACK])]) % shape.n_speakers
-    audio = folder / "LA" / f"ASVspoof2019_LA_{split}" / "flac"
     trials = []
     for i, row in enumerate(rng.permutation(len(kinds))):
-        utterance = f"DEMO_{shape.letter}_{i + 1:07d}"
+        utterance = f"LA_{shape.letter}_{i + 1:07d}"
         person = 100 * (number + 1) + int(turns[row]) + 1
         trials.append(
             _Trial(
                 utterance=utterance,
                 speaker=f"DEMO_{person:04d}",
                 attack=kinds[row],
-                path=audio / f"{utterance}.flac",
+                path=_audio_folder(folder, split) / f"{utterance}.flac",
                 voice_key=(seed, 1000, person),
                 key=(seed, 2000 + number, i),
             )
@@ -223,15 +227,15 @@ def _is_complete(folder: Path, settings: dict) -> bool:
 
 
 def _refuse_foreign(folder: Path) -> None:
-    """Building replaces LA/: make sure that what is there came from here."""
-    if folder.exists() and not folder.is_dir():
-        raise CorpusError(f"{folder} is a file; the demo corpus needs a folder: name another")
+    """Building replaces LA/: make sure that everything in it came from here."""
     for path in (folder / "LA").rglob("*"):
-        ours = path.is_dir() or path.name.lstrip(".").startswith("DEMO_")
-        if not ours and path.suffix == ".txt":
-            first = path.open(errors="replace").readline()
-            ours = first.startswith("DEMO_") or "asv_scores" in path.parent.name
-        if not ours and not path.name.endswith(".part"):
+        if path.is_dir() or path.name.endswith(".part"):
+            continue
+        ours = bool(_OWN_AUDIO.fullmatch(path.name)) or path.parent.name.endswith("_asv_scores")
+        if path.parent.name.endswith("_cm_protocols"):
+            with path.open(errors="replace") as lines:
+                ours = next(lines, "DEMO_").startswith("DEMO_")
+        if not ours:
             raise CorpusError(
                 f"{path} is not part of a demo corpus, and building one would replace {folder / 'LA'}: "
                 "name a new or empty folder"
@@ -257,6 +261,10 @@ def _only_builder(folder: Path) -> Iterator[None]:
 def _protocol_line(trial: _Trial) -> str:
     key = "bonafide" if trial.attack == NO_ATTACK else "spoof"
     return f"{trial.speaker} {trial.utterance} - {trial.attack} {key}\n"
+
+
+def _audio_folder(folder: Path, split: str) -> Path:
+    return folder / "LA" / f"ASVspoof2019_LA_{split}" / "flac"
 
 
 def _protocol_path(folder: Path, split: str) -> Path:

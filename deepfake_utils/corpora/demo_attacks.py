@@ -13,6 +13,7 @@ import numpy as np
 from scipy import fft, linalg, signal
 
 from deepfake_utils.conventions import SAMPLE_RATE_HZ
+from deepfake_utils.corpora.demo_voice import overlap_add
 
 F0_HOP = 80  # 5 ms
 
@@ -22,17 +23,6 @@ def stft(x: np.ndarray, n_fft: int, hop: int) -> np.ndarray:
     padded = np.pad(x, (n_fft // 2, n_fft // 2 + hop))
     frames = np.lib.stride_tricks.sliding_window_view(padded, n_fft)[::hop]
     return fft.rfft(frames * signal.get_window("hann", n_fft), axis=1)
-
-
-def overlap_add(frames: np.ndarray, hop: int) -> np.ndarray:
-    """Sum frames (count, length) placed every `hop` samples."""
-    count, length = frames.shape
-    pieces = -(-length // hop)
-    padded = np.pad(frames, ((0, 0), (0, pieces * hop - length))).reshape(count, pieces, hop)
-    total = np.zeros((count + pieces, hop))
-    for piece in range(pieces):
-        total[piece : piece + count] += padded[:, piece]
-    return total.reshape(-1)
 
 
 def istft(spectra: np.ndarray, n_fft: int, hop: int, n_samples: int) -> np.ndarray:
@@ -83,15 +73,17 @@ def estimate_f0(x: np.ndarray) -> np.ndarray:
 
 
 def equalise(fake: np.ndarray, source: np.ndarray) -> np.ndarray:
-    """Give `fake` the length-averaged spectral balance (eight broad bands) and the RMS of `source`."""
-    edges_hz = np.array([0, 400, 900, 1600, 2500, 3500, 4700, 6200, 8000])
-    bins_hz = fft.rfftfreq(512, 1 / SAMPLE_RATE_HZ)
-    band = np.clip(np.searchsorted(edges_hz, bins_hz, side="right") - 1, 0, 7)
-    power = [np.bincount(band, (np.abs(stft(x, 512, 256)) ** 2).mean(axis=0), 8) for x in (source, fake)]
-    gain_db = np.clip(10 * np.log10((power[0] + 1e-12) / (power[1] + 1e-12)), -30, 30)
+    """Give `fake` the length-averaged spectral balance (nine broad bands) and the RMS of `source`."""
+    edges_hz = np.array([0, 250, 600, 1200, 2000, 3000, 4000, 5200, 6400, 8001])
+    bins_hz = fft.rfftfreq(len(fake), 1 / SAMPLE_RATE_HZ)
+    band = np.searchsorted(edges_hz, bins_hz, side="right") - 1
+    wanted = np.bincount(band, np.abs(fft.rfft(source)) ** 2) + 1e-9
     centres_hz = (edges_hz[1:] + edges_hz[:-1]) / 2
-    fine_hz = fft.rfftfreq(len(fake), 1 / SAMPLE_RATE_HZ)
-    fake = fft.irfft(fft.rfft(fake) * 10 ** (np.interp(fine_hz, centres_hz, gain_db) / 20), len(fake))
+    spectrum = fft.rfft(fake)
+    for _ in range(4):  # the gains are interpolated between the bands, so the balance is approached in steps
+        gain_db = 10 * np.log10(wanted / (np.bincount(band, np.abs(spectrum) ** 2) + 1e-9))
+        spectrum = spectrum * 10 ** (np.interp(bins_hz, centres_hz, np.clip(gain_db, -30, 30)) / 20)
+    fake = fft.irfft(spectrum, len(fake))
     return fake * np.sqrt(np.mean(source**2) / (np.mean(fake**2) + 1e-20))
 
 
@@ -107,13 +99,13 @@ def _mel_inversion(
 
 
 def mel_griffin_lim(x, another, rng):
-    """D01: 40 mel bands, 12 rounds of Griffin-Lim."""
-    return _mel_inversion(x, rng, n_bands=40, n_fft=512, hop=128, n_iterations=12)
+    """D01: 36 mel bands, 8 rounds of Griffin-Lim."""
+    return _mel_inversion(x, rng, n_bands=36, n_fft=512, hop=128, n_iterations=8)
 
 
 def lpc_vocoder(x, another, rng):
-    """D02: order-18 linear prediction every 10 ms, excited by one pulse a period or by noise."""
-    hop, length, order = 160, 400, 18
+    """D02: order-16 linear prediction every 10 ms, excited by one pulse a period or by noise."""
+    hop, length, order = 160, 400, 16
     f0_hz = estimate_f0(x)
     frames = np.lib.stride_tricks.sliding_window_view(np.pad(x, (length // 2, length)), length)[::hop]
     n_frames = len(x) // hop + 1
@@ -141,16 +133,16 @@ def _pulses_or_noise(f0_hz: np.ndarray, n_samples: int, rng: np.random.Generator
 
 
 def phase_scramble(x, another, rng):
-    """D03: true magnitudes, phases blurred by a normal error of 1.5 rad."""
+    """D03: true magnitudes, phases blurred by a normal error of 1.8 rad."""
     spectra = stft(x, 512, 128)
-    blur = np.exp(1.5j * rng.standard_normal(spectra.shape))
+    blur = np.exp(1.8j * rng.standard_normal(spectra.shape))
     return istft(spectra * blur, 512, 128, len(x))
 
 
 def concatenate_units(x, another, rng):
     """D04: every 60 to 140 ms replaced by the most similar stretch of the person's other sentences."""
     store = np.concatenate([another(), another()])
-    hop, join = 160, 48
+    hop, join = 160, 24
     bands = mel_bands(24, 512)
     described = [np.log(np.einsum("tf,bf->tb", np.abs(stft(s, 512, hop)) ** 2, bands) + 1e-7) for s in (x, store)]
     y = np.zeros(len(x) + join)
@@ -197,7 +189,7 @@ def harmonic_model(x, another, rng):
     for k in range(1, int(4000 / max(track.min(), 60.0)) + 1):
         place = np.clip(np.round(k * track * 512 / SAMPLE_RATE_HZ).astype(int), 0, 256)
         amplitude = envelope[np.arange(n_frames), place] * voiced * (k * track < 4000)
-        y += np.interp(time, centres, amplitude) * np.cos(k * phase)
+        y += np.interp(time, centres, amplitude) * np.cos(k * phase + rng.uniform(0, 2 * np.pi))
     noise = np.abs(envelope) * np.exp(2j * np.pi * rng.random(envelope.shape))
     high = fft.rfftfreq(512, 1 / SAMPLE_RATE_HZ) >= 4000
     noise *= np.where(high, 1.0, 1.0 - voiced[:, None])
@@ -205,7 +197,7 @@ def harmonic_model(x, another, rng):
 
 
 def subband_codec(x, another, rng):
-    """D07: MDCT of 20 ms blocks coarsely quantised in bands below a masking-like step, then 7-bit mu-law."""
+    """D07: MDCT of 40 ms blocks quantised as coarsely as the loudness of each of 20 bands allows, then 6-bit mu-law."""
     half = 320
     window = np.sin(np.pi * (np.arange(2 * half) + 0.5) / (2 * half))
     padded = np.pad(x, (half, 2 * half))
@@ -215,13 +207,13 @@ def subband_codec(x, another, rng):
     grouped = coefficients.reshape(len(coefficients), -1, width)
     loudness = np.sqrt(np.mean(grouped**2, axis=2, keepdims=True))
     overall = np.sqrt(np.mean(grouped**2, axis=(1, 2), keepdims=True))
-    step = 0.9 * loudness**0.6 * overall**0.4 + 1e-6
+    step = 1.2 * loudness**0.6 * overall**0.4 + 1e-6
     grouped = np.round(grouped / step) * step
     frames = _inverse_mdct(grouped.reshape(coefficients.shape)) * window
     y = overlap_add(frames, half)[half : half + len(x)]
     y = y / (np.max(np.abs(y)) + 1e-9)
     squeezed = np.sign(y) * np.log1p(255 * np.abs(y)) / np.log(256)
-    squeezed = np.round(squeezed * 63) / 63
+    squeezed = np.round(squeezed * 31) / 31
     return np.sign(squeezed) * np.expm1(np.abs(squeezed) * np.log(256)) / 255
 
 
@@ -295,8 +287,4 @@ UNSEEN_ATTACKS: dict[str, Attack] = {
 def spoof(name: str, source: np.ndarray, another: Callable[[], np.ndarray], rng: np.random.Generator) -> np.ndarray:
     """Run attack `name` on dry speech (n,) and undo what it did to length, loudness and balance."""
     attack = (SEEN_ATTACKS | UNSEEN_ATTACKS)[name]
-    fake = equalise(attack(source, another, rng), source)
-    fade = np.hanning(2 * 160)[:160]
-    fake[:160] *= fade
-    fake[-160:] *= fade[::-1]
-    return fake
+    return equalise(attack(source, another, rng), source)
