@@ -304,11 +304,11 @@ def test_trimming_leaves_speech_repeated_end_to_end():
     assert_close(fx.apply_silence(waveform, silence_params(0.0, 0.0)), torch.cat([speech, speech], dim=1))
 
 
-def test_half_the_silence_stays_on_either_side():
+def test_the_drawn_share_of_silence_stays_on_either_side():
     waveform = silence_speech_silence()
-    kept = waveform[:, 160:880]  # 160 of 320 leading samples, 80 of 160 trailing ones
-    expected = torch.cat([kept, kept[:, :240]], dim=1)
-    assert_close(fx.apply_silence(waveform, silence_params(0.5, 0.5)), expected)
+    kept = waveform[:, 160:840]  # 160 of 320 leading samples, 40 of 160 trailing ones
+    expected = torch.cat([kept, kept[:, :280]], dim=1)
+    assert_close(fx.apply_silence(waveform, silence_params(0.5, 0.25)), expected)
 
 
 def test_all_silence_kept_is_identity_and_digital_silence_is_left_alone():
@@ -451,7 +451,7 @@ def test_stationary_noise_reaches_its_ratio():
 
 @pytest.mark.parametrize(("algorithm", "parts"), [(1, "100"), (2, "010"), (3, "001"), (4, "111"), (5, "110")])
 def test_rawboost_algorithms_are_their_noises_in_series(algorithm, parts):
-    waveform = speech_like(2)
+    waveform = (10 * speech_like(2)).clamp(-1, 1)  # loud enough for noise to leave [-1, 1]
     params = rb.draw_rawboost(waveform.shape, seeded(), algorithm=algorithm)
     expected = waveform
     applies = (rb.apply_convolutive, rb.apply_impulsive, rb.apply_stationary)
@@ -541,6 +541,10 @@ def test_overrides_replace_settings_and_drop_effects():
     waveform, target = speech_like(4), torch.tensor([1.0, 0, 1, 0])
     off = dict.fromkeys(RECIPES["seed"])
     assert torch.equal(build_augmentation("seed", **off)(waveform, target, seeded())[0], waveform)
+    as_it_is = RECIPES["seed"]["noise"]
+    merged = build_augmentation("seed", noise={"snr_db": (0.0, 0.0)})(waveform, target, seeded())
+    spelt_out = build_augmentation("seed", noise=as_it_is | {"snr_db": (0.0, 0.0)})(waveform, target, seeded())
+    assert torch.equal(merged[0], spelt_out[0])
     mixed = build_augmentation("seed", **off | {"mixup": {"alpha": 50.0, "probability": 1.0}})
     _, targets = mixed(waveform, target, seeded(3))
     assert ((targets == 0) | (targets == 1) | ((targets - 0.5).abs() < 0.25)).all()
