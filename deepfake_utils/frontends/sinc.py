@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 from deepfake_utils.conventions import SAMPLE_RATE_HZ, ConfigError
 
+HOP = 12  # samples between the windows of `SincFilters.pooled`: 6 to 48 are alike in speed
+WINDOWS_AT_ONCE = 512  # keeps its intermediate results in the processor's cache
+
 SPACINGS = ("mel", "inverse-mel", "linear")
 
 
@@ -140,6 +143,43 @@ class SincFilters(nn.Module):
         with torch.autocast(waveform.device.type, enabled=False):  # the bands of quiet speech are small
             bands = F.conv1d(waveform.float()[:, None], self.filters()[:, None])
         return bands if band_mask is None else bands * band_mask.to(bands)[..., None]
+
+    def pooled(self, waveform: Tensor, band_mask: Tensor | None = None, *, bands: int = 1) -> Tensor:
+        """The largest |band| among `bands` neighbours and 3 samples, without keeping the bands themselves.
+
+        Equal to max-pooling |forward(waveform)| over blocks of (bands, 3), in a quarter of the time and without
+        its B x n_filters x T map: windows of the waveform meet, in one matrix product, a matrix that holds the
+        filters at every shift of HOP samples.
+
+        Returns:
+            (B, n_filters // bands, (T - kernel_size + 1) // 3) float32.
+        """
+        n_groups, n_frames = self.n_filters // bands, (waveform.shape[1] - self.kernel_size + 1) // 3
+        if torch.jit.is_tracing():  # an exported graph keeps the plain operations, which runtimes know
+            return F.max_pool2d(self(waveform, band_mask).abs()[:, None], (bands, 3))[:, 0]
+        with torch.autocast(waveform.device.type, enabled=False):
+            filters = self.filters()[: n_groups * bands]
+            window = self.kernel_size + HOP - 1
+            # Row p is every filter shifted by p samples: repeating rows of window + 1 and cutting at window does it.
+            shifted = F.pad(filters, (0, HOP)).repeat(1, HOP)[:, : HOP * window]
+            shifted = shifted.view(n_groups, bands, HOP // 3, 3, window)
+            shifted = shifted.permute(4, 3, 1, 2, 0).reshape(window, -1)  # columns: sample, band | frame, group
+            n_windows = -(-3 * n_frames // HOP)
+            padding = (n_windows - 1) * HOP + window - waveform.shape[1]
+            windows = F.pad(waveform.float(), (0, max(padding, 0))).unfold(1, window, HOP)[:, :n_windows]
+            mask = None
+            if band_mask is not None:
+                mask = band_mask.to(filters)[..., : n_groups * bands].unflatten(-1, (n_groups, bands)).mT
+                mask = mask.expand(len(waveform), bands, n_groups)[:, None, None, :, None]
+            frames = [self._pooled_windows(part, shifted, mask, bands) for part in windows.split(WINDOWS_AT_ONCE, 1)]
+        return torch.cat(frames, 1)[:, :n_frames].transpose(1, 2).contiguous()
+
+    def _pooled_windows(self, windows: Tensor, shifted: Tensor, mask: Tensor | None, bands: int) -> Tensor:
+        """(B, M, window) -> (B, M * HOP // 3, groups)."""
+        responses = (windows @ shifted).view(*windows.shape[:2], 3, bands, HOP // 3, -1)
+        if mask is not None:
+            responses = responses * mask
+        return responses.abs().flatten(2, 3).amax(2).flatten(1, 2)
 
     def extra_repr(self) -> str:
         kind = "learnable" if self.learnable else "fixed"

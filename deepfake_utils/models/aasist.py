@@ -35,9 +35,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deepfake_utils.conventions import SAMPLE_RATE_HZ, AudioError, CheckpointError, ConfigError
+from deepfake_utils.conventions import CheckpointError, ConfigError
 from deepfake_utils.frontends.sinc import SincFilters
-from deepfake_utils.layers import CMOutput
+from deepfake_utils.layers import CMOutput, check_waveform
+from deepfake_utils.models.encoder import Encoder
 
 
 @dataclass(frozen=True)
@@ -56,22 +57,19 @@ class AASISTConfig:
     branch_keep: float = 0.5
     graph_temperature: float = 2.0
     branch_temperature: float = 100.0
+    recompute: bool = False  # train in less memory, more time; see `Encoder`
 
     def __post_init__(self):
-        if self.sinc_filters < 3 or not self.channels or min(self.channels) < 1:
+        if self.sinc_filters < 3 or not self.channels or min(self.channels) < 2:
             raise ConfigError(
-                f"encoder of {self.sinc_filters} filters, channels {self.channels}: expected 3 or more "
-                "(they are pooled by threes) and one block of at least one channel"
+                f"encoder of {self.sinc_filters} filters, channels {self.channels}: expected 3 filters or more "
+                "(they are pooled by threes) and one block or more, each of 2 channels or more"
             )
         for share in (self.spectral_keep, self.temporal_keep, self.branch_keep):
             if not 0 < share <= 1:
-                raise ConfigError(
-                    f"graph pooling keeps {share} of the nodes: expected a share above 0, up to 1"
-                )
+                raise ConfigError(f"graph pooling keeps {share} of the nodes: expected a share above 0, up to 1")
         if min(self.graph_temperature, self.branch_temperature) <= 0:
-            raise ConfigError(
-                f"temperatures {self.graph_temperature}, {self.branch_temperature}: expected above 0"
-            )
+            raise ConfigError(f"temperatures {self.graph_temperature}, {self.branch_temperature}: expected above 0")
 
 
 def _attention_vector(dim: int) -> nn.Parameter:
@@ -188,61 +186,6 @@ class Branch(nn.Module):
         return tuple(self.drop(node + update) for node, update in zip(nodes, updates, strict=True))
 
 
-class ResidualBlock(nn.Module):
-    """conv, batch norm, SELU, conv, plus the input; then the largest of every 3 frames."""
-
-    def __init__(self, in_channels: int, out_channels: int, first: bool):
-        super().__init__()
-        if not first:
-            self.unused_norm = nn.BatchNorm2d(in_channels)  # see "Differences from the paper"
-        self.conv1 = nn.Conv2d(in_channels, out_channels, (2, 3), padding=(1, 1))
-        self.norm = nn.BatchNorm2d(out_channels)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, (2, 3), padding=(0, 1))
-        self.shortcut = nn.Identity()
-        if in_channels != out_channels:
-            self.shortcut = nn.Conv2d(in_channels, out_channels, (1, 3), padding=(0, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, in_channels, bands, frames) -> (B, out_channels, bands, frames // 3)."""
-        hidden = F.selu(self.norm(self.conv1(x)))
-        return F.max_pool2d(self.conv2(hidden) + self.shortcut(x), (1, 3))
-
-
-def check_waveform(waveform: Tensor, min_samples: int) -> None:
-    """Refuse what is not a (B, T) batch of at least `min_samples` samples."""
-    if waveform.ndim != 2:
-        raise AudioError(f"waveform of shape {tuple(waveform.shape)}: expected (batch, samples)")
-    if waveform.shape[1] < min_samples:
-        raise AudioError(
-            f"{waveform.shape[1]} samples a waveform ({waveform.shape[1] / SAMPLE_RATE_HZ:.3f} s): the model "
-            f"needs {min_samples} or more; repeat short recordings end to end with audio.fit_length"
-        )
-
-
-class Encoder(nn.Module):
-    """The sinc bank and the residual blocks: (B, T) waveforms -> (B, channels, bands, frames)."""
-
-    def __init__(self, config: AASISTConfig):
-        super().__init__()
-        self.sinc = SincFilters(
-            config.sinc_filters, config.sinc_taps, config.sinc_spacing, config.sinc_learnable
-        )
-        self.norm = nn.BatchNorm2d(1)
-        channels = (1, *config.channels)
-        self.blocks = nn.ModuleList(
-            ResidualBlock(channels[i], channels[i + 1], first=i == 0) for i in range(len(config.channels))
-        )
-        self.n_bands = config.sinc_filters // 3
-        self.min_samples = 2 * 3 ** (len(config.channels) + 1) + config.sinc_taps - 1  # two frames come out
-
-    def forward(self, waveform: Tensor, band_mask: Tensor | None = None) -> Tensor:
-        x = F.max_pool2d(self.sinc(waveform, band_mask).abs()[:, None], 3)
-        x = F.selu(self.norm(x))
-        for block in self.blocks:
-            x = block(x)
-        return x
-
-
 class AASIST(nn.Module):
     """The countermeasure of arXiv 2110.01200; shapes and quirks are in the module's docstring.
 
@@ -253,7 +196,8 @@ class AASIST(nn.Module):
     def __init__(self, config: AASISTConfig):
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config)
+        sinc = SincFilters(config.sinc_filters, config.sinc_taps, config.sinc_spacing, config.sinc_learnable)
+        self.encoder = Encoder(sinc, config.channels, config.recompute)
         channels, dim = config.channels[-1], config.graph_dim
         self.spectral_position = nn.Parameter(torch.randn(1, self.encoder.n_bands, channels))
         self.spectral_attention = PairAttention(channels, dim, config.graph_temperature)
