@@ -144,7 +144,7 @@ def fit_calibration(
     prior: probability of bona fide at which the fit is best, in (0, 1); trials are weighted so that the
     classes have it, whatever their numbers.
     fitted_on: name of the corpus, kept with the result and compared when it is used.
-    Raises ScoreError on bad trials or scores that point the wrong way, ConfigError on bad settings.
+    Raises ScoreError on bad trials, ConfigError on bad settings; warns of scores that point the wrong way.
 
     Two unit Gaussians at 0 and 2 have llr = 2 s - 2:
 
@@ -162,6 +162,13 @@ def fit_calibration(
     columns = columns.reshape(len(columns), -1)
     for column in columns.T:
         _, labels = metrics.check_trials(column, labels)
+        if metrics.auc(column, labels) < 0.5:
+            warnings.warn(
+                "higher scores are rather spoof in these trials (AUC below 0.5); if that is how the system "
+                "writes them, read them with higher_is='spoof'",
+                UserWarning,
+                stacklevel=2,
+            )
     n_bonafide, n_spoof = int(labels.sum()), int((1 - labels).sum())
     targets = np.where(labels == 1, (n_bonafide + 1) / (n_bonafide + 2), 1 / (n_spoof + 2))  # Platt 1999
     weights = np.where(labels == 1, prior / n_bonafide, (1 - prior) / n_spoof)
@@ -169,11 +176,6 @@ def fit_calibration(
     about |= {"n_bonafide": n_bonafide, "n_spoof": n_spoof}
     if method == "logistic":
         slopes, intercept = _fit_logistic(columns, targets, weights)
-        if len(slopes) == 1 and slopes[0] < 0:
-            raise ScoreError(
-                "higher scores are rather spoof in these trials; if that is how the system writes them, "
-                "read them with higher_is='spoof'"
-            )
         return Calibration(**about, slopes=slopes, intercept=intercept - float(logit(prior)))
     if columns.shape[1] != 1:
         raise ConfigError("isotonic calibration takes one system's scores; fuse with method='logistic' first")

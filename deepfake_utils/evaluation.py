@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
+from pathlib import PurePath
 
 import numpy as np
 import pandas as pd
@@ -35,7 +36,7 @@ def evaluate(
     """Return every metric that the inputs allow, under stable names; rates are fractions, ready for JSON.
 
     Args:
-        scores: score file, what read_scores returned, or a frame with utterance and score.
+        scores: score file, what read_scores returned, or a frame with utterance (or path) and score.
         protocol: frame with utterance, label and, where known, attack and speaker; or a file for read_keys.
         asv_scores: the same split's ASV score file or frame (attack, key, score); without it no t-DCF.
         higher_is: what a high score in the file stands for, "bonafide" or "spoof"; None: what its JSON
@@ -153,6 +154,8 @@ def _as_scores(scores: str | os.PathLike | Scores | pd.DataFrame, higher_is: str
         raise ConfigError(f"higher_is must be 'bonafide' or 'spoof', got {higher_is!r}")
     if "score" not in scores:
         raise ScoreError(f"the scores have no `score` column, only {list(scores.columns)}")
+    if "utterance" not in scores and "path" in scores:
+        scores = scores.assign(utterance=[PurePath(path).stem for path in scores["path"]])
     sign = -1 if higher_is == "spoof" else 1
     return Scores(scores.assign(score=sign * scores["score"]), "data frame", higher_is or "bonafide")
 

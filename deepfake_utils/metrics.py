@@ -112,14 +112,15 @@ def det_points(scores: ArrayLike, labels: ArrayLike) -> DetPoints:
     scores, labels = check_trials(scores, labels)
     order = np.argsort(scores, kind="stable")
     scores, labels = scores[order], labels[order]
-    first = np.flatnonzero(np.r_[True, scores[1:] != scores[:-1]])  # start of every tie block
-    bonafide_below = np.r_[0, np.cumsum(labels)][np.r_[first, scores.size]]
-    spoof_below = np.r_[first, scores.size] - bonafide_below
+    last = np.flatnonzero(scores[1:] != scores[:-1])  # of every tie block but the final one
+    bonafide = np.cumsum(labels)
+    bonafide_below = np.concatenate(([0], bonafide[last], bonafide[-1:]))
+    spoof_below = np.concatenate(([0], last + 1, [scores.size])) - bonafide_below
     n_bonafide, n_spoof = int(bonafide_below[-1]), int(spoof_below[-1])
     return DetPoints(
         p_miss=bonafide_below / n_bonafide,
         p_fa=(n_spoof - spoof_below) / n_spoof,
-        thresholds=np.r_[scores[first], np.inf],
+        thresholds=np.concatenate((scores[:1], scores[last + 1], [np.inf])),
         n_bonafide=n_bonafide,
         n_spoof=n_spoof,
     )

@@ -55,6 +55,7 @@ def trials(draw, values):
 
 
 tied = trials(st.integers(-4, 4))
+unhurried = settings(deadline=None, max_examples=60)
 any_trials = st.one_of(tied, trials(st.floats(-50, 50, allow_subnormal=False)))
 
 
@@ -126,6 +127,7 @@ class TestTies:
         assert rounded == pytest.approx(exact, abs=1e-3)
         assert eer_per_trial(np.round(scores, 1), labels) > exact + 5e-3  # what this definition avoids
 
+    @unhurried
     @given(any_trials)
     def test_one_operating_point_a_distinct_score(self, data):
         scores, labels = data
@@ -134,6 +136,7 @@ class TestTies:
         for i, threshold in enumerate(points.thresholds):
             assert (points.p_miss[i], points.p_fa[i]) == metrics.error_rates(scores, labels, threshold)
 
+    @unhurried
     @given(any_trials)
     def test_equals_the_organisers_where_classes_share_no_score(self, data):
         scores, labels = data
@@ -146,6 +149,7 @@ class TestTies:
             scores, labels = scores[seed:], labels[seed:]  # classes of unequal size
             assert metrics.compute_eer(scores, labels).eer == eer_per_trial(scores, labels)
 
+    @unhurried
     @given(tied)
     def test_stated_bound_on_the_difference(self, data):
         scores, labels = data
@@ -157,6 +161,7 @@ class TestTies:
 
 
 class TestProperties:
+    @unhurried
     @given(any_trials, st.sampled_from([np.cbrt, lambda s: 3 * s - 7, lambda s: np.arctan(s / 20), np.exp]))
     def test_monotone_maps_change_nothing(self, data, rise):
         scores, labels = data
@@ -174,6 +179,7 @@ class TestProperties:
         ):
             assert metric(moved) == metric(scores)
 
+    @unhurried
     @given(any_trials)
     def test_exchanging_the_classes(self, data):
         scores, labels = data
@@ -188,6 +194,7 @@ class TestProperties:
         scores, labels = two_gaussians(1.0, 301)
         assert metrics.compute_eer(-scores, 1 - labels).eer == metrics.compute_eer(scores, labels).eer
 
+    @unhurried
     @given(any_trials, st.floats(0, 10))
     def test_more_separation_is_never_worse(self, data, shift):
         scores, labels = data
@@ -202,6 +209,7 @@ class TestProperties:
         for tdcf in (metrics.min_tdcf_2019, metrics.min_tdcf_2021):
             assert tdcf(further, labels, GOOD_ASV) <= tdcf(scores, labels, GOOD_ASV) + 1e-12
 
+    @unhurried
     @given(any_trials)
     def test_ranges_and_order(self, data):
         scores, labels = data
@@ -210,6 +218,7 @@ class TestProperties:
         assert 0 <= metrics.min_dcf(scores, labels) <= min(1, metrics.act_dcf(scores, labels)) + 1e-12
         assert metrics.auc(scores, labels) == pytest.approx(roc_auc_score(labels, scores))
 
+    @unhurried
     @given(any_trials, st.integers(2, 4))
     def test_repeating_every_trial_changes_nothing(self, data, times):
         scores, labels = data
@@ -314,7 +323,7 @@ class TestBadInput:
         with pytest.raises(ScoreError, match=text):
             metric(np.array(scores), np.array(labels))
 
-    @settings(max_examples=20)
+    @unhurried
     @given(any_trials)
     def test_arguments_are_left_alone(self, data):
         scores, labels = data
