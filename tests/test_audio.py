@@ -242,17 +242,18 @@ def test_flac_with_a_damaged_frame_is_refused_not_shortened(tmp_path, speech_lik
     frame = flac_frames(content)[4]
     content[frame + (200 if where == "body" else 0)] ^= 0xFF
     path.write_bytes(content)
-    with pytest.raises(AudioError, match="a.flac is (damaged|truncated)"):
+    with pytest.raises(AudioError, match="a.flac .*(damaged|truncated)"):
         read_audio(path)
 
 
-def test_flac_that_libsndfile_cannot_read_is_decoded_bit_for_bit(tmp_path, speech_like):
-    """Stray bytes between two frames: libsndfile loses sync, as on a third of ASVspoof 2021; FFmpeg steps over them."""
+@pytest.mark.parametrize("i_frame", [1, 4])
+def test_flac_that_libsndfile_cannot_read_is_decoded_bit_for_bit(tmp_path, speech_like, i_frame):
+    """A stray byte between two frames: libsndfile loses sync, as on a third of ASVspoof 2021; FFmpeg does not."""
     path = tmp_path / "a.flac"
     soundfile.write(path, speech_like, 16_000)
     content = path.read_bytes()
-    frame = flac_frames(content)[4]
-    path.write_bytes(content[:frame] + bytes(400) + content[frame:])
+    frame = flac_frames(content)[i_frame]
+    path.write_bytes(content[:frame] + bytes(1) + content[frame:])
     with pytest.raises(soundfile.LibsndfileError, match="lost sync"):
         soundfile.read(path)
     np.testing.assert_array_equal(to_int16(read_audio(path)), speech_like)

@@ -23,7 +23,7 @@ class Corpus:
     Attributes:
         name: its kind, or for further corpora of one kind the kind and a number.
         kind: one of KINDS.
-        root: the folder that holds its protocols (for information; audio may lie elsewhere).
+        root: the folder that holds its protocols, or the labelled folder itself; audio may lie elsewhere.
         protocols: protocol, key, meta.csv or manifest.csv file by split; empty for a folder without a manifest.
         folders: folders of recordings by split, nearest first.
         asv: official ASV score files by split.
@@ -109,7 +109,7 @@ def read_protocol_file(path: str | os.PathLike, split: str = "eval") -> pd.DataF
         CorpusError: naming file and line: not text, wrong number of columns, unknown label, duplicate utterance.
     """
     path = Path(path)
-    header = {word.strip().lower() for word in text_lines(path)[0].split(",")}
+    header = {word.strip().strip('"').lower() for word in text_lines(path)[0].split(",")}
     if header >= in_the_wild.MARKER_COLUMNS:
         table = in_the_wild.read(path, ())
     elif header >= folder.MARKER_COLUMNS or header >= {"utterance", "label"}:

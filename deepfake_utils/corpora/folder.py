@@ -134,7 +134,8 @@ def assign_splits(
         protocol: any protocol table.
         fractions: shares of train, dev and eval, each >= 0, adding up to 1; a share of 0 gives no trial.
         seed: of the deal; the same seed and trials give the same splits, whatever the order of the rows.
-        by: column whose equal values stay together. Trials of unknown speaker (`-`) are groups of their own.
+        by: column whose equal values stay together; trials that have `-` there (an unknown speaker, or with "attack"
+            bona fide) are dealt one by one.
 
     Returns:
         A copy of `protocol` with new values in `split`.
