@@ -333,15 +333,17 @@ def _breakdown(trials: pd.DataFrame, column: str, score, label, clusters, thresh
         raise ConfigError(f"by={column!r} has {values.nunique()} values; a table holds up to {_MAX_GROUPS}")
     accepted, is_bonafide = score >= threshold, label == BONAFIDE
     rows = {}
-    for value in sorted(values.dropna().unique()):
-        group = (values == value).to_numpy()
+    groups = {str(value): (values == value).to_numpy() for value in sorted(values.dropna().unique())}
+    if values.isna().any():
+        groups["missing"] = values.isna().to_numpy()
+    for value, group in groups.items():
         bonafide, spoof = group & is_bonafide, group & ~is_bonafide
         against, chosen = "its own trials", group
         if not bonafide.any():
             against, chosen = "all bona fide", group | is_bonafide
         elif not spoof.any():
             against, chosen = "all spoof", group | ~is_bonafide
-        rows[str(value)] = {
+        rows[value] = {
             "n_bonafide": int(bonafide.sum()),
             "n_spoof": int(spoof.sum()),
             "against": against,

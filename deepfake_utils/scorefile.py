@@ -248,8 +248,8 @@ class _Lines(NamedTuple):
                 f"{self.at(bad)}: {len(self.rows[bad])} columns, expected {len(columns)} ({', '.join(columns)}): "
                 f"{' '.join(self.rows[bad])[:80]!r}; names that hold spaces need a comma separated file"
             )
-        by_column = zip(columns, zip(*rows, strict=True), strict=True)
-        return pd.DataFrame({name: list(values) for name, values in by_column}, index=range(skip, len(self.rows)))
+        values = {name: [row[k] for row in rows] for k, name in enumerate(columns)}
+        return pd.DataFrame(values, index=range(skip, len(self.rows)))
 
 
 def _read_lines(path: Path) -> _Lines:

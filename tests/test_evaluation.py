@@ -182,6 +182,12 @@ class TestBreakdowns:
         assert [row["n_bonafide"] + row["n_spoof"] for row in rows.values()] == [150] * 4
         assert list(rows)[0].startswith("(1.0")
 
+    def test_by_a_column_with_gaps_loses_no_trial(self, scores, protocol):
+        protocol["codec"] = protocol["codec"].mask(np.arange(600) % 7 == 0)
+        rows = evaluate(scores, protocol, by="codec", n_bootstrap=0)["by"]["codec"]
+        assert list(rows) == ["alaw", "none", "missing"]
+        assert sum(row["n_bonafide"] + row["n_spoof"] for row in rows.values()) == 600
+
     def test_by_what_is_not_there_or_too_much(self, scores, protocol):
         with pytest.raises(ConfigError, match="by='codek' is no column .*codec"):
             evaluate(scores, protocol, by="codek", n_bootstrap=0)
