@@ -7,6 +7,7 @@ import resource
 import shutil
 import signal
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -263,6 +264,7 @@ def test_two_builders_at_once_decode_every_clip_once_between_them(protocol, tmp_
     def logged(self, row):
         with log.open("a") as file:
             file.write(f"{row}\n")
+        time.sleep(0.05)  # so that the three are at it together
         return clip(self, row)
 
     monkeypatch.setattr(FileSource, "clip", logged)
