@@ -308,11 +308,14 @@ def _labels(lines: _Lines, keys: pd.Series) -> np.ndarray:
 
 
 def _numbers_if_all_are(column: pd.Series) -> pd.Series:
-    """A text column as numbers where every value is one, else unchanged."""
-    try:
-        return pd.to_numeric(column)
-    except ValueError:
-        return column
+    """A text column as numbers, to the last digit, where every value is one or empty; else unchanged."""
+    texts = column.to_numpy(dtype=object)
+    for values, kind in ((texts, np.int64), (np.where(texts == "", "nan", texts), np.float64)):
+        try:
+            return pd.Series(values.astype(kind), index=column.index)
+        except (ValueError, OverflowError):
+            continue
+    return column
 
 
 def _read_companion(path: Path) -> dict:

@@ -131,6 +131,13 @@ class TestWriting:
         }
         assert sorted(p.name for p in path.parent.iterdir()) == ["scores.csv", "scores.csv.json"]
 
+    def test_gaps_in_a_column_of_numbers_stay_gaps(self, tmp_path):
+        path = write(tmp_path, "utterance,score,n,size,note\na,1,3,2.5,x\nb,2,4,,7\n")
+        frame = scorefile.read_scores(path).frame
+        assert frame["n"].tolist() == [3, 4] and frame["n"].dtype == np.int64
+        assert frame["size"].iloc[0] == 2.5 and np.isnan(frame["size"].iloc[1])
+        assert frame["note"].tolist() == ["x", "7"]
+
     def test_paths_alone_give_utterances(self, tmp_path):
         frame = pd.DataFrame({"path": ["/a/x.flac", "/b/y.wav"], "score": [1.0, 2.0]})
         found = scorefile.read_scores(scorefile.write_scores(tmp_path / "s.csv", frame))
