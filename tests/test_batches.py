@@ -140,6 +140,20 @@ def test_any_step_can_be_the_first(protocol):
     assert list(train_batches(source, protocol["label"], first_step=len(whole), **settings)) == []
 
 
+@pytest.mark.parametrize("augment", [None, noisy])
+@pytest.mark.parametrize("size", [2, 3])
+def test_the_shards_of_a_batch_are_together_the_batch(protocol, size, augment):
+    source = open_source(protocol, "files")
+    settings = {"batch_size": 5, "n_samples": N_SAMPLES, "seed": 5, "epoch": 2, "device": "cpu", "augment": augment}
+    whole = train_batches(source, protocol["label"], **settings)
+    shards = [train_batches(source, protocol["label"], shard=(rank, size), **settings) for rank in range(size)]
+    for batch, *parts in zip(whole, *shards, strict=True):
+        for rank, part in enumerate(parts):
+            assert torch.equal(part.waveform, batch.waveform[rank::size])
+            assert torch.equal(part.target, batch.target[rank::size])
+            assert part.index.tolist() == batch.index[rank::size].tolist()
+
+
 def test_seed_epoch_and_step_each_change_order_crops_and_augmentation():
     """Also where one of them is 0: seeding by a list of words would make [1] and [1, 0] the same."""
     source = Clips([np.arange(30_000)] * 8)

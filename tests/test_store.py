@@ -300,7 +300,7 @@ def test_a_store_that_is_not_whole_is_mended(protocol, tmp_path, damage):
     if damage == "samples cut":
         os.truncate(path, path.stat().st_size - 5)
     elif damage == "index damaged":
-        flip_byte(path.with_suffix(".index"), 8 * 7)
+        flip_byte(path.with_suffix(".index"), 8 * 7 + 4)  # in the checksum of row 7
     else:
         declaration = next(path.parent.glob("*.json"))
         declaration.write_text(declaration.read_text()[:20])

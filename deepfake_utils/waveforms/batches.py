@@ -121,7 +121,8 @@ def train_batches(
         augment: callable (waveform (B, T), target (B,), generator on `device`) -> (waveform, target).
         weights: (N,) how often a row is drawn, relative to the others (with replacement; see
             `balanced_weights`). None draws every row once.
-        shard: (rank, size) of a data-parallel process: it gets every size-th row of each batch.
+        shard: (rank, size) of a data-parallel process: it gets every size-th row of each batch. An augmentation
+            sees the whole batch first, so that the processes together train on what one alone would.
         prefetch: batches read ahead of the consumer; None takes one more than the processors, 8 at most.
 
     Raises:
@@ -142,20 +143,22 @@ def train_batches(
     if not 0 <= first_step <= n_steps:
         raise ConfigError(f"first_step {first_step} is outside the epoch of {n_steps} steps")
     targets = torch.from_numpy(labels.astype(np.float32)).to(device)
+    mine = slice(shard[0], None, shard[1])
 
     def plan(step: int) -> _Plan:
         index = order[step * batch_size : (step + 1) * batch_size]
         position = np.random.default_rng(_entropy(seed, epoch, step, _CROPS)).random(len(index))
-        return _Plan(index[shard[0] :: shard[1]], position[shard[0] :: shard[1]])
+        return _Plan(index[mine], position[mine]) if augment is None else _Plan(index, position)
 
     def finish(step: int, plan: _Plan, waveform: torch.Tensor) -> Batch:
         target = targets[torch.from_numpy(plan.index).to(targets.device)]
-        if augment is not None:
-            generator = torch.Generator(waveform.device)
-            state = _entropy(seed, epoch, step, _AUGMENTATION).generate_state(1, np.uint64)
-            generator.manual_seed(int(state[0]))
-            waveform, target = augment(waveform, target, generator)
-        return Batch(waveform, target, plan.index)
+        if augment is None:
+            return Batch(waveform, target, plan.index)
+        generator = torch.Generator(waveform.device)
+        state = _entropy(seed, epoch, step, _AUGMENTATION).generate_state(1, np.uint64)
+        generator.manual_seed(int(state[0]))
+        waveform, target = augment(waveform, target, generator)
+        return Batch(waveform[mine], target[mine], plan.index[mine])
 
     return Batches(source, plan, range(first_step, n_steps), finish, n_samples, device, prefetch)
 
