@@ -138,6 +138,17 @@ def test_2019_and_2021_share_names_but_not_recordings(tmp_path):
     assert set(new.protocol()["path"].map(os.path.dirname)) == {str(b / "y")}
 
 
+def test_a_year_in_the_folder_name_goes_before_nearness(tmp_path):
+    """2021's recordings lie beside 2019's protocols, their keys on another mount."""
+    asvspoof2019(tmp_path / "all" / "LA")
+    names = [f"LA_E_{9000000 + i}" for i in range(4)]
+    touch(tmp_path / "all" / "LA" / "ASVspoof2021_LA_eval" / "flac", names)
+    keys2021(tmp_path / "keys", "LA", names)
+    old, new = find_corpora(tmp_path)
+    assert (old.kind, new.kind) == ("asvspoof2019_la", "asvspoof2021_la")
+    assert len(old.protocol()) == 12 and len(new.protocol()) == 4
+
+
 def test_asvspoof5(tmp_path):
     for split, letter, folder in [("train", "T", "flac_T"), ("dev.track_1", "D", "flac_D"), ("eval.track_1", "E", "e")]:
         names = [f"{letter}_{i:010d}" for i in range(3)]
