@@ -64,11 +64,16 @@ def tiles_of(x: Tensor) -> Iterator[Tile]:
 
 
 def run_tiles(run: Callable[..., Tensor], x: Tensor, *parameters: Tensor) -> Tensor:
-    """Join what `run(tile.cut(x), tile, *parameters)` returns for every tile of x."""
-    groups: dict[int, list[Tensor]] = {}
-    for tile in tiles_of(x):
-        groups.setdefault(tile.utterances.start, []).append(run(tile.cut(x), tile, *parameters))
-    return torch.cat([torch.cat(parts, 3) for parts in groups.values()], 0)
+    """Put together what `run(tile.cut(x), tile, *parameters)` returns for every tile of x, without gradient."""
+    whole = None
+    with torch.no_grad():
+        for tile in tiles_of(x):
+            part = run(tile.cut(x), tile, *parameters)
+            if whole is None:
+                shape = (len(x), *part.shape[1:3], x.shape[3] // 3)
+                whole = torch.empty(shape, dtype=part.dtype, memory_format=torch.channels_last)
+            whole[tile.utterances, :, :, tile.start : tile.stop] = part
+    return whole
 
 
 class RecomputedTiles(torch.autograd.Function):
@@ -137,7 +142,7 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, bands, frames) -> (B, out_channels, bands, frames // 3)."""
-        if self.training or not x.is_cpu or torch.jit.is_tracing():
+        if self.training or torch.is_grad_enabled() or not x.is_cpu or torch.jit.is_tracing():
             return self.plain(x)
         folded = fold_norm(self.conv1, self.norm, self.norm.running_mean, self.norm.running_var)
         return run_tiles(self._tile, x, *folded)
@@ -170,14 +175,16 @@ class FirstBlock(ResidualBlock):
         return run(self._tile, x, *parameters)
 
     def _tile(self, part, tile, weight, bias, weight2, bias2, shortcut_weight, shortcut_bias) -> Tensor:
-        rows = F.pad(tile.pad(part)[:, 0], (0, 0, 1, 1)).unfold(2, 3, 1)
-        patches = torch.cat([rows[:, :-1], rows[:, 1:]], -1)  # (B, bands + 1, frames, 6)
-        hidden = F.linear(patches, weight.flatten(1), bias).permute(0, 3, 1, 2)
+        x = F.pad(tile.pad(part)[:, 0], (0, 0, 1, 1))
+        n_rows, n_frames = x.shape[1] - 1, x.shape[2] - 2
+        patches = torch.stack([x[:, i : i + n_rows, j : j + n_frames] for i in (0, 1) for j in (0, 1, 2)])
+        hidden = torch.addmm(bias, patches.flatten(1).T, weight.flatten(1).T)
+        hidden = hidden.view(len(x), n_rows, n_frames, -1).permute(0, 3, 1, 2)
         hidden = F.selu(tile.clear_outside(hidden), inplace=True)
-        out = F.conv2d(hidden, weight2, bias2)
-        # A patch's lower row is the row of the map that its output row adds.
-        out = out + F.linear(patches[:, :-1, 1:-1, 3:], shortcut_weight.flatten(1), shortcut_bias).permute(0, 3, 1, 2)
-        return largest_of_three(out[..., : 3 * (tile.stop - tile.start)])
+        out = F.conv2d(hidden, weight2, bias2).permute(0, 2, 3, 1)
+        rows = patches[3:, :, :-1, 1:-1].flatten(1).T  # a patch's lower row is the row its output row adds
+        out = out.add_(torch.addmm(shortcut_bias, rows, shortcut_weight.flatten(1).T).view_as(out))
+        return largest_of_three(out.permute(0, 3, 1, 2)[..., : 3 * (tile.stop - tile.start)])
 
     def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance of conv1(x) in every channel: the batch's in training, else the running ones."""
