@@ -27,7 +27,7 @@ DYNAMIC_RANGE_DB = 80.0  # of spectrograms: what is further below the maximum is
 DET_TICKS = (0.001, 0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9)
 
 
-def _figure(n_rows: int = 1, n_columns: int = 1, size: tuple[float, float] = (7.0, 4.0), **options):
+def new_figure(n_rows: int = 1, n_columns: int = 1, size: tuple[float, float] = (7.0, 4.0), **options):
     """A figure outside pyplot's global list, so that notebooks show it once and nothing accumulates."""
     figure = Figure(figsize=size, layout="constrained", dpi=110)
     axes = figure.subplots(n_rows, n_columns, **options)
@@ -56,7 +56,7 @@ def clips(waveforms: Mapping[str, np.ndarray]) -> Figure:
         waveforms: title -> samples (n,) at 16 kHz in [-1, 1].
     """
     n = len(waveforms)
-    figure, axes = _figure(2, n, size=(5.2 * n, 5.2), squeeze=False, height_ratios=(1, 2), sharex="col")
+    figure, axes = new_figure(2, n, size=(5.2 * n, 5.2), squeeze=False, height_ratios=(1, 2), sharex="col")
     for column, (title, waveform) in enumerate(waveforms.items()):
         time_s = np.arange(len(waveform)) / SAMPLE_RATE_HZ
         axes[0, column].plot(time_s, waveform, color=BLUE if "bona" in title.lower() else VERMILION, linewidth=0.4)
@@ -71,7 +71,7 @@ def training_curves(history: pd.DataFrame) -> Figure:
     Args:
         history: as `fit` returns it, one row an epoch.
     """
-    figure, (loss, eer, rate) = _figure(1, 3, size=(11, 3.2))
+    figure, (loss, eer, rate) = new_figure(1, 3, size=(11, 3.2))
     epochs = history["epoch"]
     loss.plot(epochs, history["train_loss"], color=BLACK, marker="o", markersize=3)
     loss.set(title="Training loss", xlabel="epoch", ylabel="weighted loss (nats)", ylim=(0, None))
@@ -102,7 +102,7 @@ def score_histogram(
         labels: (n,), 1 bona fide, 0 spoof.
         threshold: drawn as a line where given.
     """
-    figure, axis = _figure(size=(7, 3.4))
+    figure, axis = new_figure(size=(7, 3.4))
     edges = np.histogram_bin_edges(scores, bins=60)
     for label, name in ((BONAFIDE, "bona fide"), (SPOOF, "spoof")):
         chosen = scores[labels == label]
@@ -125,7 +125,7 @@ def det_curves(systems: Mapping[str, tuple[np.ndarray, np.ndarray]], *, title: s
 
     Source: Martin et al., "The DET curve in assessment of detection task performance", Eurospeech 1997.
     """
-    figure, axis = _figure(size=(5.4, 5.2))
+    figure, axis = new_figure(size=(5.4, 5.2))
     for (name, (scores, labels)), colour in zip(systems.items(), PALETTE[:2] + PALETTE[2:], strict=False):
         points, eer = det_points(scores, labels), compute_eer(scores, labels).eer
         low_fa, low_miss = 0.5 / points.n_spoof, 0.5 / points.n_bonafide  # half a trial: zero has no place on the axis
@@ -153,7 +153,7 @@ def attack_bars(per_attack: pd.DataFrame, *, overall: float | None = None, seen:
         seen: attacks that were in training; the others are hatched.
     """
     table = per_attack.sort_values("eer", ascending=False)
-    figure, axis = _figure(size=(max(5.0, 0.62 * len(table) + 2), 3.6))
+    figure, axis = new_figure(size=(max(5.0, 0.62 * len(table) + 2), 3.6))
     position = np.arange(len(table))
     novel = ~table["attack"].isin(list(seen)).to_numpy()
     bars = axis.bar(position, 100 * table["eer"], color=np.where(novel, VERMILION, ORANGE), width=0.7)
@@ -184,7 +184,7 @@ def corpus_overview(protocol: pd.DataFrame) -> Figure:
     """
     counts = protocol.groupby(["split", "attack"]).size().rename("trials").reset_index()
     splits = [s for s in ("train", "dev", "eval") if (counts["split"] == s).any()]
-    figure, axes = _figure(1, len(splits), size=(3.8 * len(splits), 3.2), squeeze=False, sharey=True)
+    figure, axes = new_figure(1, len(splits), size=(3.8 * len(splits), 3.2), squeeze=False, sharey=True)
     for axis, split in zip(axes[0], splits, strict=True):
         part = counts[counts["split"] == split].sort_values("attack")
         names = part["attack"].replace("-", "bona fide")
@@ -206,7 +206,7 @@ def filter_responses(banks: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figu
         banks: title -> (frequencies (P,) in Hz, magnitudes (n_filters, P)), as
             `SincFilters.frequency_response` gives them.
     """
-    figure, axes = _figure(1, len(banks), size=(4.4 * len(banks), 3.2), squeeze=False, sharey=True)
+    figure, axes = new_figure(1, len(banks), size=(4.4 * len(banks), 3.2), squeeze=False, sharey=True)
     for axis, (title, (frequencies_hz, magnitudes)) in zip(axes[0], banks.items(), strict=True):
         for index, magnitude in enumerate(magnitudes):
             style = ("-", "--", ":")[index % 3]  # neighbours differ by line style as well as by colour
@@ -225,7 +225,7 @@ def cepstra(features: Mapping[str, np.ndarray], *, hop_s: float = 0.01) -> Figur
     """
     together = np.concatenate(list(features.values()), axis=1)
     mean, deviation = together.mean(1, keepdims=True), together.std(1, keepdims=True) + 1e-12
-    figure, axes = _figure(len(features), 1, size=(8.5, 2.6 * len(features)), squeeze=False, sharex=True)
+    figure, axes = new_figure(len(features), 1, size=(8.5, 2.6 * len(features)), squeeze=False, sharex=True)
     for axis, (title, values) in zip(axes[:, 0], features.items(), strict=True):
         n = len(values) // 3
         image = axis.imshow(
@@ -249,7 +249,7 @@ def graph_attention(waveform: np.ndarray, attention: np.ndarray, kept: np.ndarra
         attention: (N, N), row i is how node i spreads its attention over all nodes; rows sum to 1.
         kept: (N,) bool, the nodes that graph pooling keeps.
     """
-    figure, (clip, matrix) = _figure(1, 2, size=(12.5, 3.8), width_ratios=(1.75, 1))
+    figure, (clip, matrix) = new_figure(1, 2, size=(12.5, 3.8), width_ratios=(1.75, 1))
     draw_spectrogram(clip, waveform)
     n_nodes = len(attention)
     edges_s = np.linspace(0, len(waveform) / SAMPLE_RATE_HZ, n_nodes + 1)
@@ -272,7 +272,7 @@ def model_comparison(table: pd.DataFrame) -> Figure:
     Args:
         table: index the model; columns eer, low, high (fractions), score_s (seconds per utterance) and parameters.
     """
-    figure, axis = _figure(size=(7.5, 4.4))
+    figure, axis = new_figure(size=(7.5, 4.4))
     for (name, row), colour, marker in zip(
         table.iterrows(), [c for c in PALETTE if c != YELLOW] * 2, "osD^vP*Xp<>hd8H.", strict=False
     ):

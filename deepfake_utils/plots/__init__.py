@@ -1,0 +1,53 @@
+"""Pictures: each function takes data and returns a Matplotlib figure with axes, units and counts."""
+
+from deepfake_utils.plots.analysis import (
+    agreement,
+    clip_under_the_lens,
+    det_with_points,
+    eer_bars,
+    embedding_map,
+    gap_parts,
+    rejections_by_speaker,
+    reliability_diagram,
+    score_panels,
+    tandem_cost,
+    trimming,
+)
+from deepfake_utils.plots.basic import (
+    attack_bars,
+    cepstra,
+    clips,
+    corpus_overview,
+    det_curves,
+    draw_spectrogram,
+    filter_responses,
+    graph_attention,
+    model_comparison,
+    score_histogram,
+    training_curves,
+)
+
+__all__ = [
+    "agreement",
+    "attack_bars",
+    "cepstra",
+    "clip_under_the_lens",
+    "clips",
+    "corpus_overview",
+    "det_curves",
+    "det_with_points",
+    "draw_spectrogram",
+    "eer_bars",
+    "embedding_map",
+    "filter_responses",
+    "gap_parts",
+    "graph_attention",
+    "model_comparison",
+    "rejections_by_speaker",
+    "reliability_diagram",
+    "score_histogram",
+    "score_panels",
+    "tandem_cost",
+    "training_curves",
+    "trimming",
+]
