@@ -16,7 +16,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +37,7 @@ from deepfake_utils.corpora.demo_voice import draw_recording, draw_speaker, reco
 
 DEMO_NOTICE = "Demo corpus: synthetic babble made by this program. Its numbers say nothing about speech."
 MARKER = "DEMO.json"
-VERSION = 2  # raise it whenever the samples change, so that cached corpora are built anew
+VERSION = 4  # raise it whenever the samples change, so that cached corpora are built anew
 
 _OWN_AUDIO = re.compile(r"LA_[TDE]_000\d{4}\.flac")  # the organisers' numbers have seven digits from 1000137 up
 
@@ -254,7 +254,8 @@ def _only_builder(folder: Path) -> Iterator[None]:
         yield
         return
     with (folder / ".demo.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        with suppress(OSError):  # some network file systems know no locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 

@@ -75,15 +75,16 @@ def estimate_f0(x: np.ndarray) -> np.ndarray:
 def equalise(fake: np.ndarray, source: np.ndarray) -> np.ndarray:
     """Give `fake` the length-averaged spectral balance (nine broad bands) and the RMS of `source`."""
     edges_hz = np.array([0, 250, 600, 1200, 2000, 3000, 4000, 5200, 6400, 8001])
-    bins_hz = fft.rfftfreq(len(fake), 1 / SAMPLE_RATE_HZ)
+    n_fft = fft.next_fast_len(len(fake), real=True)
+    bins_hz = fft.rfftfreq(n_fft, 1 / SAMPLE_RATE_HZ)
     band = np.searchsorted(edges_hz, bins_hz, side="right") - 1
-    wanted = np.bincount(band, np.abs(fft.rfft(source)) ** 2) + 1e-9
+    wanted = np.bincount(band, np.abs(fft.rfft(source, n_fft)) ** 2) + 1e-9
     centres_hz = (edges_hz[1:] + edges_hz[:-1]) / 2
-    spectrum = fft.rfft(fake)
+    spectrum = fft.rfft(fake, n_fft)
     for _ in range(4):  # the gains are interpolated between the bands, so the balance is approached in steps
         gain_db = 10 * np.log10(wanted / (np.bincount(band, np.abs(spectrum) ** 2) + 1e-9))
         spectrum = spectrum * 10 ** (np.interp(bins_hz, centres_hz, np.clip(gain_db, -30, 30)) / 20)
-    fake = fft.irfft(spectrum, len(fake))
+    fake = fft.irfft(spectrum, n_fft)[: len(fake)]
     return fake * np.sqrt(np.mean(source**2) / (np.mean(fake**2) + 1e-20))
 
 
@@ -123,13 +124,14 @@ def lpc_vocoder(x, another, rng):
 
 
 def _pulses_or_noise(f0_hz: np.ndarray, n_samples: int, rng: np.random.Generator) -> np.ndarray:
-    """Unit-power excitation: an impulse a period where voiced, white noise elsewhere."""
+    """Unit-power excitation: a dispersed impulse a period where voiced, white noise elsewhere."""
     f0 = np.repeat(f0_hz, F0_HOP)
     f0 = np.pad(f0, (0, max(0, n_samples - len(f0))))[:n_samples]
     phase = np.cumsum(f0 / SAMPLE_RATE_HZ)
     pulse = np.diff(np.floor(phase), prepend=0.0) > 0
-    noise = rng.standard_normal(n_samples)
-    return np.where(f0 > 0, pulse * np.sqrt(SAMPLE_RATE_HZ / np.maximum(f0, 1.0)), noise)
+    dispersed = fft.irfft(np.exp(-0.06j * np.arange(33) ** 2), 64)  # a chirp of 2.5 ms: still white, less peaky
+    pulse = signal.lfilter(dispersed, 1.0, pulse * np.sqrt(SAMPLE_RATE_HZ / np.maximum(f0, 1.0)))
+    return np.where(f0 > 0, pulse, rng.standard_normal(n_samples))
 
 
 def phase_scramble(x, another, rng):
@@ -179,10 +181,9 @@ def harmonic_model(x, another, rng):
     envelope = signal.oaconvolve(spectra[:n_frames] ** 2, np.ones((1, 9)) / 9, mode="same", axes=1)
     envelope = np.sqrt(np.maximum(envelope, 1e-12))
     voiced = (f0_hz[:n_frames] > 0).astype(float)
-    median = np.median(f0_hz[f0_hz > 0]) if voiced.any() else 120.0
-    track = (
-        np.interp(centres, centres[voiced > 0], f0_hz[:n_frames][voiced > 0]) if voiced.any() else 0 * centres + median
-    )
+    track = np.full(n_frames, 120.0)
+    if voiced.any():
+        track = np.interp(centres, centres[voiced > 0], f0_hz[:n_frames][voiced > 0])
     time = np.arange(len(x))
     phase = 2 * np.pi * np.cumsum(np.interp(time, centres, track)) / SAMPLE_RATE_HZ
     y = np.zeros(len(x))

@@ -17,7 +17,7 @@ from scipy import fft, signal
 from deepfake_utils.conventions import SAMPLE_RATE_HZ
 
 FRAME_SAMPLES = 64  # the tract moves every 4 ms
-RING_SAMPLES = 1024  # 64 ms, in which the narrowest resonance decays by 100 dB
+RING_SAMPLES = 768  # 48 ms, in which the narrowest resonance decays by 90 dB
 OVERSAMPLING = 4  # the glottal pulse's sharp closing would alias at 16 kHz
 
 # First three resonances of a grown man's vowels in Hz (Peterson & Barney 1952, table II).
@@ -257,7 +257,7 @@ def _tract(source: np.ndarray, resonances_hz: np.ndarray, tract: float) -> np.nd
     frames = np.lib.stride_tricks.sliding_window_view(padded, 2 * FRAME_SAMPLES)[::FRAME_SAMPLES]
     moments = np.minimum(np.arange(len(frames)), len(centre) - 1)
     response = gain / fft.rfft(polynomial, RING_SAMPLES, axis=1)
-    rung = fft.irfft(fft.rfft(frames * window, RING_SAMPLES, axis=1) * response[moments], axis=1)
+    rung = fft.irfft(fft.rfft(frames * window, RING_SAMPLES, axis=1) * response[moments], RING_SAMPLES, axis=1)
     return overlap_add(rung, FRAME_SAMPLES)[FRAME_SAMPLES : FRAME_SAMPLES + len(source)]
 
 
@@ -368,9 +368,10 @@ def _room(recording: Recording, rng: np.random.Generator) -> np.ndarray:
 
 
 def _sloped_noise(n: int, slope: float, rng: np.random.Generator) -> np.ndarray:
-    spectrum = fft.rfft(rng.standard_normal(n))
-    bins = np.arange(len(spectrum)) + n * 50 / SAMPLE_RATE_HZ
-    noise = fft.irfft(spectrum * bins ** (-slope / 2), n)
+    n_fft = fft.next_fast_len(n, real=True)
+    spectrum = fft.rfft(rng.standard_normal(n_fft))
+    hz = fft.rfftfreq(n_fft, 1 / SAMPLE_RATE_HZ)
+    noise = fft.irfft(spectrum * (hz + 50) ** (-slope / 2), n_fft)[:n]
     return noise / np.sqrt(np.mean(noise**2))
 
 
