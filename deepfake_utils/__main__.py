@@ -1,4 +1,4 @@
-"""The command line: `python -m deepfake_utils find | score | evaluate`.
+"""The command line: `python -m deepfake_utils find | train | score | evaluate | export`.
 
 Exit codes: 0 done; 1 done except for recordings that could not be read, each named on standard error;
 2 bad input, said in one line; 130 interrupted.
@@ -54,6 +54,51 @@ def describe_counts(rows) -> str:
         several = f" ({attacks})" if len(of_label) > 1 else ""
         parts.append(f"{of_label['trials'].sum():,} {label}{several}")
     return ", ".join(parts)
+
+
+def train(options: argparse.Namespace) -> int:
+    """Train a countermeasure, or go on with a run that stopped; under torchrun, in several processes."""
+    from deepfake_utils import corpora, jobs
+    from deepfake_utils.config import RECIPES, TrainingConfig
+
+    if options.data is not None:
+        corpus = corpora.find_corpora(options.data)[0]
+        values = RECIPES[options.recipe].to_dict() | dict(map(parse_setting, options.set))
+        config = TrainingConfig.from_dict(values)
+        if os.environ.get("RANK", "0") == "0":
+            jobs.write_job(options.run_dir, corpus.protocol("train"), corpus.protocol("dev"), config)
+    elif options.set:
+        raise ConfigError(
+            "--set describes a new run and goes with --data; config.json in the run folder holds the old one"
+        )
+    jobs.run_job(options.run_dir, device=options.device)
+    return DONE
+
+
+def parse_setting(text: str) -> tuple[str, object]:
+    """NAME=VALUE of a training setting; the value is read as JSON where it is JSON.
+
+    >>> parse_setting("epochs=5"), parse_setting("schedule=one_cycle")
+    (('epochs', 5), ('schedule', 'one_cycle'))
+    """
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigError(f"--set {text}: expected NAME=VALUE, such as epochs=5")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def export(options: argparse.Namespace) -> int:
+    """Write a countermeasure as ONNX and compare it with PyTorch."""
+    from deepfake_utils.checkpoint import load_model
+    from deepfake_utils.export import export_onnx, parity_report
+
+    model = load_model(options.model, weights=options.weights)
+    export_onnx(model, options.out)
+    print(parity_report(options.out, model))
+    return DONE
 
 
 def score(options: argparse.Namespace) -> int:
@@ -160,17 +205,29 @@ def percent(fraction: float | None) -> str:
 
 
 def build_parser() -> Parser:
-    """The three commands and their arguments."""
+    """The commands and their arguments."""
     parser = Parser(
         prog="python -m deepfake_utils", description="Detect AI-generated speech: corpora, scores, figures."
     )
-    commands = parser.add_subparsers(required=True, metavar="find | score | evaluate", parser_class=Parser)
+    commands = parser.add_subparsers(
+        required=True, metavar="find | train | score | evaluate | export", parser_class=Parser
+    )
 
     command = commands.add_parser("find", help="list the corpora in folders", description=find.__doc__)
     command.add_argument("folders", nargs="*", metavar="FOLDER", type=Path,
                          help="where to look; default: DEEPFAKE_DATA, /kaggle/input, ./data")  # fmt: skip
     command.add_argument("--name", help="only this corpus, for example asvspoof2019_la, or a Kaggle dataset owner/slug")
     command.set_defaults(run=find)
+
+    command = commands.add_parser("train", help="train, or go on with a run", description=train.__doc__)
+    command.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="folder of the run")
+    command.add_argument("--data", metavar="FOLDER", type=Path, help="start a run on the corpus in this folder; "
+                         "without it the run in RUN_DIR goes on")  # fmt: skip
+    command.add_argument("--recipe", choices=("paper", "short"), default="paper", help="settings to start from")
+    command.add_argument("--set", metavar="NAME=VALUE", action="append", default=[],
+                         help="change a setting of the recipe, such as epochs=5; may be repeated")  # fmt: skip
+    command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    command.set_defaults(run=train)
 
     command = commands.add_parser("score", help="score recordings", description=score.__doc__)
     command.add_argument("audio", nargs="+", metavar="AUDIO_OR_FOLDER", type=Path, help="recordings of any format")
@@ -193,6 +250,12 @@ def build_parser() -> Parser:
     command.add_argument("--json", metavar="FILE", type=Path, help="write all figures, rates as fractions")
     command.add_argument("--html", metavar="FILE", type=Path, help="write one self-contained report page")
     command.set_defaults(run=evaluate)
+
+    command = commands.add_parser("export", help="write a model as ONNX", description=export.__doc__)
+    command.add_argument("out", metavar="FILE.onnx", type=Path, help="file to write")
+    command.add_argument("--weights", metavar="FILE", type=Path, required=True, help="weights, as for score")
+    command.add_argument("--model", metavar="NAME", help="architecture, where no JSON beside the weights says it")
+    command.set_defaults(run=export)
     return parser
 
 

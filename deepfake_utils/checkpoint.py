@@ -117,18 +117,17 @@ def load_model(name: str | None = None, weights: str | os.PathLike | None = None
         raise CheckpointError(
             f"{path} holds weights of {companion['model']!r}, not of {name!r}: drop the name or change the file"
         )
-    name = companion.get("model", name)
-    if name is None:
-        raise CheckpointError(
-            f"{path} has no {path.stem}.json beside it that says which model it is: give the model's name"
-        )
+    state = _read_tensors(path)
+    name = companion.get("model", name) or _recognise(path, state)
     model = build_model(name, **(_with_tuples(companion.get("model_options", {})) | config))
     if companion.get("loss", "cross_entropy") != "cross_entropy":
         model = scoring_model(model, build_loss(companion["loss"], embedding_dim(model)))
-    state = _read_tensors(path)
     own = model.state_dict()
     if name in PUBLISHED_NAMES and set(state) != set(own):
-        state = PUBLISHED_NAMES[name](state)
+        try:
+            state = PUBLISHED_NAMES[name](state)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from None
     _check_same_tensors(path, name, own, state)
     model.load_state_dict(state)
     return model.eval()
@@ -165,6 +164,21 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f"{path} holds {type(state).__name__}, not a dictionary of tensors")
     return {key.removeprefix("module."): value for key, value in state.items()}
+
+
+def _recognise(path: Path, state: dict[str, Tensor]) -> str:
+    """The model whose default configuration has exactly these tensors, under our names or the published ones."""
+    for name in MODELS:
+        own = build_model(name).state_dict()
+        try:
+            ours = state if set(state) == set(own) else PUBLISHED_NAMES.get(name, dict)(state)
+        except CheckpointError:
+            continue
+        if {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in own.items()}:
+            return name
+    raise CheckpointError(
+        f"{path} has no {path.stem}.json beside it and fits none of {', '.join(MODELS)}: name the model it belongs to"
+    )
 
 
 def _check_same_tensors(path: Path, name: str, own: dict, state: dict) -> None:

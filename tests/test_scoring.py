@@ -1,0 +1,90 @@
+"""Scoring: order, lengths, contracts, and recordings that cannot be read."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import soundfile
+import torch
+from torch import nn
+
+from deepfake_utils import score_files, score_protocol
+from deepfake_utils.conventions import AudioError, ScoreError
+from deepfake_utils.layers import CMOutput
+
+
+class MeanLevel(nn.Module):
+    """A countermeasure whose logits can be worked out by hand: minus and plus the mean of the samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.0))
+        self.seen = []
+
+    def forward(self, waveform):
+        self.seen.append(tuple(waveform.shape))
+        mean = waveform.mean(dim=1) * self.scale
+        return CMOutput(torch.stack([-mean, mean], dim=1), mean[:, None])
+
+
+@pytest.fixture
+def recordings(tmp_path):
+    """Constant levels 0.1 ... 0.5, lengths 0.25 s to 5 s, as 16-bit FLAC."""
+    paths = []
+    for n, length_s in enumerate((0.25, 1, 4.0375, 4.04, 5), start=1):
+        path = tmp_path / f"r{n}.flac"
+        soundfile.write(path, np.full(round(length_s * 16000), n / 10), 16000)
+        paths.append(path)
+    return paths
+
+
+def test_files_are_scored_in_order_at_the_evaluation_length(recordings):
+    model = MeanLevel().train()
+    scores = score_files(recordings, model, batch_size=2, device="cpu", progress=None)
+    assert scores["path"].tolist() == [str(p) for p in recordings]
+    assert scores["score"].to_numpy() == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5], abs=1e-4)
+    assert scores["logit_spoof"].to_numpy() == pytest.approx(-scores["logit_bonafide"].to_numpy())
+    assert scores["duration_s"].tolist() == pytest.approx([0.25, 1, 4.0375, 4.04, 5])
+    assert {shape[1] for shape in model.seen} == {64_600}
+
+
+def test_an_unreadable_recording_is_reported_and_the_others_are_scored(recordings, tmp_path):
+    broken = tmp_path / "r0_broken.flac"
+    broken.write_bytes(b"fLaC but no more")
+    scores = score_files(tmp_path, MeanLevel(), device="cpu", progress=None)
+    assert len(scores) == 5 and list(scores.attrs["unreadable"]) == [str(broken)]
+    assert "r0_broken.flac" in scores.attrs["unreadable"][str(broken)]
+
+
+def test_nothing_readable_gives_an_empty_table_not_a_crash(tmp_path):
+    (tmp_path / "a.wav").write_bytes(b"")
+    scores = score_files(tmp_path, MeanLevel(), device="cpu", progress=None)
+    assert len(scores) == 0 and list(scores.columns)[:2] == ["path", "score"]
+
+
+def test_missing_paths_and_folders_without_audio_are_errors(tmp_path):
+    with pytest.raises(AudioError, match="nowhere.wav does not exist"):
+        score_files(tmp_path / "nowhere.wav", MeanLevel())
+    with pytest.raises(AudioError, match="no audio file in"):
+        score_files(tmp_path, MeanLevel())
+
+
+def protocol_of(recordings):
+    return pd.DataFrame({"utterance": [p.stem for p in recordings], "path": [str(p) for p in recordings],
+                         "label": [1, 0, 1, 0, 1], "attack": "-", "speaker": "s", "split": "eval", "corpus": "levels"})  # fmt: skip
+
+
+def test_protocol_and_files_give_the_same_scores_and_the_mode_is_restored(recordings):
+    model = MeanLevel().train()
+    protocol = protocol_of(recordings)
+    scores = score_protocol(model, protocol, batch_size=3, device="cpu", progress=None)
+    assert model.training
+    assert scores["utterance"].tolist() == protocol["utterance"].tolist()
+    files = score_files(recordings, model, device="cpu", progress=None)
+    assert scores["score"].to_numpy() == pytest.approx(files["score"].to_numpy(), abs=1e-6)
+
+
+def test_a_non_finite_score_is_refused_with_the_utterance(recordings):
+    model = MeanLevel()
+    model.scale.data.fill_(float("nan"))
+    with pytest.raises(ScoreError, match="5 of 5 scores are not finite, first r1"):
+        score_protocol(model, protocol_of(recordings), device="cpu", progress=None)
