@@ -1,5 +1,6 @@
 """Batches: the same numbers from every source and from any step on, nothing lost, no thread left behind."""
 
+import itertools
 import sys
 import threading
 import time
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from deepfake_utils.conventions import AudioError, ConfigError
 from deepfake_utils.waveforms import ClipCache, balanced_weights, eval_batches, open_source, train_batches
-from deepfake_utils.waveforms.batches import crop_starts, epoch_order
+from deepfake_utils.waveforms.batches import _entropy, crop_starts, epoch_order
 from deepfake_utils.waveforms.cache import CachedSource
 
 N_SAMPLES = 500
@@ -173,6 +174,11 @@ def test_seed_epoch_and_step_each_change_order_crops_and_augmentation():
         orders.add(tuple(epoch_order(1000, seed, epoch)))
     assert len(starts) == len(noises) == 4 * len(combinations)
     assert len(orders) == len(combinations)
+
+
+def test_no_two_streams_of_random_numbers_are_the_same():
+    combinations = list(itertools.product(range(3), repeat=4))  # seed, epoch, step, purpose
+    assert len({tuple(_entropy(*numbers).generate_state(4)) for numbers in combinations}) == len(combinations)
 
 
 # --- what a batch holds ------------------------------------------------------------------------------------

@@ -17,8 +17,6 @@ import pandas as pd
 import pytest
 import soundfile
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from deepfake_utils.conventions import AudioError, ConfigError, CorpusError
 from deepfake_utils.waveforms.cache import ENTRY_OVERHEAD_BYTES, CachedSource, ClipCache, FileSource
@@ -61,17 +59,18 @@ def write_corpus(folder: Path, lengths) -> pd.DataFrame:
 
 def test_the_least_recently_used_clip_goes_first_and_hits_are_counted():
     cache = make_cache(3 * entry_bytes(1000))
-    for key in "abcabdac":  # d takes the place of c, the least recently used; then c that of b
+    for key in "abcadab":  # d takes the place of b, the least recently used though not the oldest; then b that of c
         assert cache.get(key, lambda key=key: clip_of(ord(key)))[0] == ord(key)
-    assert (cache.hits, cache.misses, cache.decodes, cache.purged) == (3, 5, 5, 2)
-    assert [key in cache for key in "abcd"] == [True, False, True, True]
+    assert (cache.hits, cache.misses, cache.decodes, cache.purged) == (2, 5, 5, 2)
+    assert [key in cache for key in "abcd"] == [True, True, False, True]
     assert cache.bytes == 3 * entry_bytes(1000) and len(cache) == 3
-    assert "37.5% of 8 requests hit" in repr(cache)
+    assert "28.6% of 7 requests hit" in repr(cache)
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(0, 9), max_size=60), st.integers(0, 20_000))
-def test_it_agrees_with_a_plain_least_recently_used_list(keys, budget_bytes):
+@pytest.mark.parametrize("seed", range(30))
+def test_it_agrees_with_a_plain_least_recently_used_list(seed):
+    rng = np.random.default_rng(seed)
+    keys, budget_bytes = rng.integers(0, 6, 60).tolist(), int(rng.integers(0, 10_000))
     cache, kept, hits = make_cache(budget_bytes), OrderedDict(), 0
     for key in keys:
         n_samples = 300 * (key + 1)
@@ -87,7 +86,7 @@ def test_it_agrees_with_a_plain_least_recently_used_list(keys, budget_bytes):
         )
     assert cache.hits == hits and cache.misses == len(keys) - hits
     assert cache.bytes == sum(kept.values()) <= budget_bytes
-    assert [key in cache for key in range(10)] == [key in kept for key in range(10)]
+    assert [key in cache for key in range(6)] == [key in kept for key in range(6)]
 
 
 def test_a_clip_larger_than_the_budget_passes_through_and_displaces_nothing():

@@ -25,8 +25,7 @@ Augmentation = Callable[[torch.Tensor, torch.Tensor, torch.Generator], tuple[tor
 
 SCALE = 1 / 32768  # of int16 samples; exact, because it is a power of two
 
-# Independent streams of random numbers within a seed; each data-parallel process augments with its own.
-_ORDER, _CROPS, _AUGMENTATION = range(3)
+_ORDER, _CROPS, _AUGMENTATION = range(3)  # independent streams of random numbers within a seed
 
 
 class Batch(NamedTuple):
@@ -156,7 +155,7 @@ def train_batches(
         if augment is None:
             return Batch(waveform, target, plan.index)
         generator = torch.Generator(waveform.device)
-        state = _entropy(seed, epoch, step, _AUGMENTATION + shard[0]).generate_state(1, np.uint64)
+        state = _entropy(seed, epoch, step, _AUGMENTATION).generate_state(1, np.uint64)
         generator.manual_seed(int(state[0]))
         waveform, target = augment(waveform, target, generator)
         return Batch(waveform[mine], target[mine], plan.index[mine])

@@ -6,7 +6,8 @@ The DataLoader is what training scripts of the field use: soundfile, a random cr
 once on the main process, once with a worker per processor. Each round times one epoch of every source in turn, so
 that a busy machine slows all alike; medians and ratios come from one run. The last column is the share of time a
 training loop waits for data when its step takes STEP_S (a sleep in the model's place, which leaves the processors
-free as a GPU does). Files are in the page cache: a cold or remote disk is worse for the DataLoader, not for the rest.
+free as a GPU does). Both leave the first batch of an epoch out, as an epoch here is short. Files are in the page
+cache: a cold or remote disk is worse for whatever decodes.
 """
 
 import argparse
@@ -79,9 +80,11 @@ def epoch_of_loader(protocol: pd.DataFrame, n_workers: int, device: torch.device
 
 
 def time_epoch(batches, device: torch.device, step_s: float = 0.0) -> tuple[float, float]:
-    """Batches per second, and the share of time spent waiting for the next one."""
-    count, waited_s, started_s = 0, 0.0, time.perf_counter()
-    iterator = iter(batches)
+    """Batches per second, and the share of time spent waiting for the next one; both after the first."""
+    count, waited_s, iterator = 0, 0.0, iter(batches)
+    next(iterator)
+    time.sleep(step_s)
+    started_s = time.perf_counter()
     while True:
         asked_s = time.perf_counter()
         if next(iterator, None) is None:
