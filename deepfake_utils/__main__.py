@@ -139,8 +139,9 @@ def evaluate(options: argparse.Namespace) -> int:
     with warnings.catch_warnings(record=True):  # printed below, from the result
         warnings.simplefilter("always")
         result = evaluation.evaluate(
-            scores, protocol, options.asv_scores, by=options.by, phase=options.phase, n_bootstrap=options.n_bootstrap
-        )
+            scores, protocol, options.asv_scores, by=options.by, phase=options.phase,
+            n_bootstrap=options.n_bootstrap, attack_intervals=options.html is not None,
+        )  # fmt: skip
     print(table(result))
     for note in result["warnings"]:
         print(f"note: {note}", file=sys.stderr)
@@ -150,7 +151,7 @@ def evaluate(options: argparse.Namespace) -> int:
     if options.html:
         from deepfake_utils import report
 
-        report.write_html(options.html, result, scores, protocol)
+        report.write_html(options.html, result, scores, protocol, options.asv_scores)
     return DONE
 
 

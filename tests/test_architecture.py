@@ -16,12 +16,12 @@ PACKAGE = REPOSITORY / "deepfake_utils"
 # Imports go to the same floor or further down, never up. A new module needs a place here.
 FLOORS = [
     {"conventions", "config"},
-    {"metrics", "intervals", "calibration", "scorefile", "evaluation", "audio", "corpora"},
+    {"analysis", "metrics", "intervals", "calibration", "scorefile", "evaluation", "audio", "corpora"},
     {"runtime", "waveforms", "augment", "frontends", "layers", "losses"},
     {"models"},
     {
-        "capacity", "checkpoint", "export", "interrupts", "optimisation", "parallel", "scoring", "session",
-        "training",
+        "capacity", "checkpoint", "export", "interrupts", "optimisation", "parallel", "probing", "scoring",
+        "session", "training",
     },
     {"plots", "report", "__main__"},
 ]  # fmt: skip
