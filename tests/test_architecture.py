@@ -20,8 +20,8 @@ FLOORS = [
     {"runtime", "waveforms", "augment", "frontends", "layers", "losses"},
     {"models"},
     {
-        "capacity", "checkpoint", "export", "interrupts", "optimisation", "parallel", "probing", "scoring",
-        "session", "training",
+        "capacity", "checkpoint", "export", "interrupts", "jobs", "optimisation", "parallel", "probing",
+        "scoring", "session", "training",
     },
     {"plots", "report", "__main__"},
 ]  # fmt: skip
