@@ -250,9 +250,19 @@ def _refuse_cut_wav(path: Path) -> None:
             file.seek(length + length % 2, os.SEEK_CUR)
 
 
-def _decode_with_pyav(path: Path) -> tuple[np.ndarray, int]:
-    import av
+def _pyav(path: Path):
+    """PyAV, imported where it is used: Kaggle's image is without it."""
+    try:
+        import av
+    except ImportError:
+        raise AudioError(
+            f"{path} cannot be decoded by libsndfile, and PyAV, which may be able to, is not installed: pip install av"
+        ) from None
+    return av
 
+
+def _decode_with_pyav(path: Path) -> tuple[np.ndarray, int]:
+    av = _pyav(path)
     try:
         with av.open(os.fspath(path)) as container:
             if not container.streams.audio:
@@ -317,8 +327,7 @@ def _refuse_altered_flac(path: Path, samples: np.ndarray) -> None:
 
 
 def _pyav_header(path: Path) -> tuple[int, int]:
-    import av
-
+    av = _pyav(path)
     try:
         with av.open(os.fspath(path)) as container:
             stream = container.streams.audio[0]

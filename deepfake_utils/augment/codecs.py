@@ -6,7 +6,6 @@ import io
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-import av
 import numpy as np
 import torch
 from torch import Tensor
@@ -36,6 +35,15 @@ class CodecParams(NamedTuple):
     kilobits_per_s: Tensor
 
 
+def _pyav():
+    """PyAV, imported where it is used: Kaggle's image is without it."""
+    try:
+        import av
+    except ImportError:
+        raise ConfigError("codecs need PyAV: pip install av, or choose a recipe without them") from None
+    return av
+
+
 def draw_codec(
     shape: tuple[int, int],
     generator: torch.Generator,
@@ -50,7 +58,7 @@ def draw_codec(
     """
     if codec not in CODECS:
         raise ConfigError(f"codec {codec!r} is unknown: expected one of {', '.join(CODECS)}")
-    encoder = CODECS[codec].encoder
+    av, encoder = _pyav(), CODECS[codec].encoder
     if encoder not in av.codecs_available:
         raise ConfigError(
             f"codec {codec!r} needs the encoder {encoder}, which this build of PyAV {av.__version__} lacks: "
@@ -84,6 +92,7 @@ def _round_trip(utterance: np.ndarray, kind: Codec, bits_per_s: int) -> np.ndarr
 
 
 def _encode(file: io.BytesIO, samples: np.ndarray, kind: Codec, bits_per_s: int) -> None:
+    av = _pyav()
     with av.open(file, "w", format=kind.container) as container:
         stream = container.add_stream(kind.encoder, rate=SAMPLE_RATE_HZ)
         stream.codec_context.layout = "mono"
@@ -96,6 +105,7 @@ def _encode(file: io.BytesIO, samples: np.ndarray, kind: Codec, bits_per_s: int)
 
 
 def _decode(file: io.BytesIO) -> np.ndarray:
+    av = _pyav()
     with av.open(file) as container:
         resampler = av.AudioResampler(format="fltp", layout="mono", rate=SAMPLE_RATE_HZ)
         frames = [part for frame in container.decode(audio=0) for part in resampler.resample(frame)]
