@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+DEMO_SCALE = 0.05  # a dozen trials a split: enough to walk every path of the notebooks
 
 
 def find_reference_data() -> Path | None:
@@ -31,5 +32,5 @@ def demo_runs(tmp_path_factory) -> Path:
     from deepfake_utils.corpora import build_demo
 
     folder = tmp_path_factory.mktemp("runs")
-    build_demo(folder / "demo", scale=0.1)
+    build_demo(folder / "demo", scale=DEMO_SCALE)
     return folder

@@ -18,10 +18,12 @@ import pytest
 from papermill import inspect_notebook
 
 from deepfake_utils import load_model
+from tests.conftest import DEMO_SCALE
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 RUNNER = NOTEBOOKS / "run.py"
 PAIRS = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.py"))
+QUICK = {"preset": "short", "epochs": 1, "crop_s": 1, "n_bootstrap": 50}  # small enough for two cores
 CELL_LINES = 20  # statements and their continuation lines; the style asks for about 15
 
 spec = importlib.util.spec_from_file_location("notebook_runner", RUNNER)
@@ -222,8 +224,9 @@ def test_interrupting_ends_the_kernel_too(tmp_path):
 @pytest.fixture(scope="module")
 def whole_run(demo_runs) -> tuple[str, Path]:
     """What the runner printed for all three notebooks, and the folder of the run."""
-    command = [sys.executable, str(RUNNER), "--runs", str(demo_runs), "-p", "demo_scale", "0.1"]
-    command += ["-p", "time_budget_s", "30"]
+    command = [sys.executable, str(RUNNER), "--runs", str(demo_runs)]
+    for name, value in {"demo_scale": DEMO_SCALE, **QUICK}.items():
+        command += ["-p", name, str(value)]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run(command, cwd=demo_runs, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
