@@ -338,3 +338,30 @@ def speakers_of(trials: pd.DataFrame, unknown: Sequence[str] = ("", "-", "unknow
     """Return each trial's speaker as text for a clustered bootstrap, or None where any is unknown."""
     speakers = trials["speaker"].astype(str)
     return None if speakers.isin(list(unknown)).any() else speakers.to_numpy(dtype=str)
+
+
+# Which trials are looked at.
+
+
+def scored_part(protocol: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
+    """Return the trials of a protocol that have a score, with the column score; scores of other trials are left.
+
+    A file may hold several splits, and a run may have scored a part of one. `len` says how many there are; none is an
+    empty frame.
+    """
+    known = scores.drop_duplicates("utterance").set_index("utterance")["score"]
+    part = protocol[protocol["utterance"].isin(known.index)].reset_index(drop=True)
+    return part.assign(score=known.reindex(part["utterance"]).to_numpy(np.float64))
+
+
+def proportional_subset(protocol: pd.DataFrame, n: int, seed: int) -> pd.DataFrame:
+    """Return about n trials with bona fide and each attack in proportion, in protocol order; all if there are fewer."""
+    share = min(1.0, n / len(protocol))
+    return protocol.groupby("attack").sample(frac=share, random_state=seed).sort_index().reset_index(drop=True)
+
+
+def split_by_speaker(trials: pd.DataFrame, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return two halves of a scored split with no speaker in common, for a corpus that has no dev split."""
+    speakers = np.random.default_rng(seed).permutation(sorted(trials["speaker"].unique()))
+    first = trials["speaker"].isin(speakers[: len(speakers) // 2])
+    return trials[first].reset_index(drop=True), trials[~first].reset_index(drop=True)

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from deepfake_utils.audio import fit_length, from_int16
 from deepfake_utils.conventions import BONAFIDE, CROP_SAMPLES, SAMPLE_RATE_HZ
-from deepfake_utils.frontends import build_front_end
+from deepfake_utils.frontends.lfcc import Lfcc
 
 FFT_SAMPLES, HOP_SAMPLES = 512, 160  # of the time-frequency grid that relevance is told on: 32 ms every 10 ms
 
@@ -117,7 +117,7 @@ def cepstral_statistics(source, *, progress: str | None = "LFCC") -> np.ndarray:
 
     source: anything with len and `clip(i)` -> int16 (n,), as `waveforms.open_source` gives it.
     """
-    lfcc = build_front_end("lfcc")
+    lfcc = Lfcc()
     rows = []
     for i in tqdm(range(len(source)), desc=progress, unit="utt", leave=False, disable=progress is None):
         clip = from_int16(source.clip(i))

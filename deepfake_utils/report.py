@@ -139,6 +139,28 @@ def threshold_table(points: dict[str, dict]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def comparison_table(compared: pd.DataFrame) -> pd.DataFrame:
+    """One row a system: EER, and its paired difference from the first one with interval.
+
+    Args:
+        compared: what `analysis.compare` returned.
+    """
+    rows = []
+    for number, (name, row) in enumerate(compared.iterrows()):
+        has_interval = pd.notna(row["low"])
+        interval = f"{100 * row['low']:+.2f} to {100 * row['high']:+.2f}, by {row['unit']}" if has_interval else "-"
+        difference = f"{100 * row['difference']:+.2f}" if pd.notna(row["difference"]) else "-"
+        rows.append(
+            {
+                "system": name,
+                "EER %": percent(row["eer"]),
+                "difference (points)": "reference" if number == 0 else difference,
+                "95 % interval, paired": interval,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
 def write_html(
     path: str | os.PathLike,
     result: dict,
