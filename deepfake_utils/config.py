@@ -36,6 +36,7 @@ class TrainingConfig:
     loss: str = "cross_entropy"
     class_weights: tuple[float, float] = (0.1, 0.9)  # spoof, bona fide
     augmentation: str = "none"  # a recipe of deepfake_utils.augment
+    augmentation_options: dict = field(default_factory=dict)  # effect -> settings that replace the recipe's, or None
     band_mask: bool = False  # mask up to 20 neighbouring sinc bands a batch (AASIST's freq_aug)
     sampling: str = "uniform"
     average: str = "none"  # weights that are scored and kept: the last, an exponential or an equal average

@@ -87,13 +87,12 @@ class Session:
 
     # ---- before the first step -------------------------------------------------------------------------
 
-    def prepare(self) -> None:
+    def prepare(self, waveforms_dir: Path) -> None:
         """Open the waveforms, settle the batch size, restore a checkpoint, say what is going to happen."""
         config = self.config
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        folder = self.run_dir.parent / "waveforms"
-        self.source = open_source(self.train, kind=config.data_path, folder=folder, device=self.device)
-        self.dev_source = open_source(self.dev, kind=config.data_path, folder=folder, device=self.device)
+        self.source = open_source(self.train, kind=config.data_path, folder=waveforms_dir, device=self.device)
+        self.dev_source = open_source(self.dev, kind=config.data_path, folder=waveforms_dir, device=self.device)
         self.say(f"waveforms: {self.source.describe()}")
         self.batch_size, rate_scale = capacity.settle_batch_size(
             self.model, config, self.device, self.precision, self.say
@@ -107,7 +106,7 @@ class Session:
         self.average = build_average(self.model, config)
         self.sam = SharpnessAware(self.optimizer, config.sam_rho) if config.sam_rho else None
         self.parallel = self.world.wrap(self.model, self.device)
-        self.augment = build_augmentation(config.augmentation)
+        self.augment = build_augmentation(config.augmentation, **config.augmentation_options)
         self.labels = self.train["label"].to_numpy()
         self.sampling = balanced_weights(self.labels) if config.sampling == "balanced" else None
         if self.resume and self.checkpoint_path.is_file():

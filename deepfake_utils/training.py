@@ -46,6 +46,7 @@ def fit(
     model: nn.Module | None = None,
     device: str = "auto",
     resume: bool = True,
+    waveforms_dir: str | os.PathLike | None = None,
     on_epoch: Callable[[pd.DataFrame], None] | None = None,
     say: Callable[[str], None] = tqdm.write,
 ) -> FitResult:
@@ -58,6 +59,8 @@ def fit(
         model: start from these weights instead of fresh ones of `config.model`.
         device: "auto", "cpu", "cuda" or "cuda:N".
         resume: False starts anew and replaces what is in `run_dir`.
+        waveforms_dir: where decoded waveforms may be packed, several GB for a large corpus; runs on the same
+            corpus share them. None is the folder `waveforms` beside `run_dir`.
         on_epoch: called with the history after each epoch, for instance to redraw the curves.
         say: where lines of text go.
 
@@ -80,7 +83,7 @@ def fit(
             train, dev, Path(run_dir), config, model, device, resume, world, say if world.is_main else _silent
         )
         run.started = started
-        run.prepare()
+        run.prepare(Path(waveforms_dir or Path(run_dir).parent / "waveforms"))
         try:
             _loop(run, interrupts, on_epoch)
         except KeyboardInterrupt:

@@ -56,6 +56,7 @@ epochs: int = 0  # passes over the training split; 0: what the preset says
 batch_size: int = 0  # utterances in a training step; 0: what the preset says
 crop_s: float = 0.0  # length of a training clip, seconds; 0: what the preset says
 augmentation: str = "none"  # recipe applied to training clips: none, seed, rawboost-la, rawboost-df, wild
+n_seeds: int = 1  # runs from seed, seed + 1, ...; one per GPU at a time, each with the whole time budget
 time_budget_s: float = 39600.0  # for training and scoring together, seconds; 0: no limit
 
 # %% [markdown]
@@ -147,6 +148,27 @@ print(f"{len(train)} train, {len(dev)} dev and {len(evaluation)} eval trials")
 display(config.to_dict())
 
 # %% [markdown]
+# ## What the model hears: augmentation
+#
+# A corpus recorded in one way teaches that way of recording. Each effect below is *drawn* (how much noise, which room)
+# and then *applied*, on the batch and on the device; a recipe is a list of effects with their probabilities. Here is
+# what each does to the bona fide clip above. The waveform a detector must not care about should still sound like the
+# same person saying the same thing.
+
+# %%
+import torch
+
+from deepfake_utils.augment import EFFECTS, RECIPES
+
+clip = torch.from_numpy(next(iter(examples.values())))[None]
+names = ["noise", "reverb", "lowpass", "companding", "speed", "shift", "rawboost-5"]
+changed = {name: EFFECTS[name](clip, torch.Generator().manual_seed(seed))[0].numpy() for name in names}
+show(plots.spectrogram_grid({"as recorded": clip[0].numpy()} | changed), "augmentation")
+for name in ("noise", "reverb", "rawboost-5"):
+    display(Markdown(name), Audio(changed[name], rate=SAMPLE_RATE_HZ))
+display({recipe: ", ".join(effects) or "nothing" for recipe, effects in RECIPES.items()})
+
+# %% [markdown]
 # ## Train
 #
 # One loop, in `deepfake_utils/training.py`, short enough to read. Each epoch ends with the error on `dev`; the weights
@@ -158,16 +180,22 @@ display(config.to_dict())
 
 # %%
 from deepfake_utils import fit
+from deepfake_utils.jobs import fit_seeds, run_job
 
 curves = display(display_id=True)
-result = fit(
-    train,
-    dev,
-    results,
-    config,
-    on_epoch=lambda history: curves and curves.update(plots.training_curves(history)),
-    say=print,
-)
+if n_seeds == 1:
+    on_kaggle = Path("/kaggle/working").is_dir()  # what lies there is saved with the notebook: not waveforms
+    scratch = Path("/tmp/waveforms") if on_kaggle else run_folder.parent / "waveforms"
+
+    def redraw(history):
+        if curves:
+            curves.update(plots.training_curves(history))
+
+    result = fit(train, dev, results, config, waveforms_dir=scratch, on_epoch=redraw, say=print)
+else:
+    seeds = fit_seeds(train, dev, results, config, range(seed, seed + n_seeds))
+    display(seeds)
+    result = run_job(results / f"seed_{seed}", say=print)
 
 # %%
 show(plots.training_curves(result.history), "training_curves")
@@ -181,6 +209,7 @@ result.history.round(4)
 
 # %%
 from deepfake_utils import evaluate, score_protocol
+from deepfake_utils.intervals import several_seeds
 from deepfake_utils.scorefile import write_scores
 from deepfake_utils.scoring import SCORE_KIND
 
@@ -218,9 +247,17 @@ rows = [
 show(plots.attack_bars(pd.DataFrame(rows), overall=metrics["eer"], seen=sorted(set(train["attack"]))), "attacks")
 
 # %% [markdown]
-# **What to report**: the eval EER with its interval, the number of speakers behind it, the recipe and the seed. Retrain
-# with two more seeds (`-p seed 1`, `-p seed 2`) and give the mean and the spread: six seeds of one published system
-# span 1.92 to 3.10 %. Notebook 03 takes the scores written here and asks where and why the errors happen.
+# **What to report**: the eval EER with its interval, the number of speakers behind it, the recipe, and the mean and
+# spread over several seeds: six seeds of one published system span 1.92 to 3.10 %. Notebook 03 takes the scores written here and asks where and why the errors happen.
+
+# %%
+eval_eers = [metrics["eer"]]
+for other in range(seed + 1, seed + n_seeds):
+    other_scores = score_protocol(run_job(results / f"seed_{other}").model, evaluation, progress=f"eval, seed {other}")
+    eval_eers.append(evaluate(other_scores, evaluation, n_bootstrap=0)["eer"])
+if n_seeds > 1:
+    summary = several_seeds(eval_eers)
+    print(f"eval EER over {n_seeds} seeds: {100 * summary.mean:.2f} % on average, standard deviation {100 * summary.sd:.2f} %")
 
 # %%
 import json
@@ -230,7 +267,8 @@ from deepfake_utils.runtime import describe_machine
 result_file = {
     "notebook": "02_train",
     "corpus": {"name": corpus.name, "kind": corpus.kind, "fingerprint": corpus.fingerprint()},
-    "metrics": metrics | {"dev_eer": result.best_dev_eer, "best_epoch": result.best_epoch, "stopped": result.stopped},
+    "metrics": metrics | {"dev_eer": result.best_dev_eer, "best_epoch": result.best_epoch, "stopped": result.stopped}
+    | {"eval_eer_by_seed": eval_eers},
     "config": config.to_dict() | {"n_train": len(train), "n_dev": len(dev), "n_eval": len(evaluation)},
     "plan": plan.why,
     "machine": describe_machine(device.device),

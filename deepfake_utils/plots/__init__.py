@@ -24,6 +24,7 @@ from deepfake_utils.plots.basic import (
     graph_attention,
     model_comparison,
     score_histogram,
+    spectrogram_grid,
     training_curves,
 )
 
@@ -47,6 +48,7 @@ __all__ = [
     "reliability_diagram",
     "score_histogram",
     "score_panels",
+    "spectrogram_grid",
     "tandem_cost",
     "training_curves",
     "trimming",

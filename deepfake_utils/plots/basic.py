@@ -36,7 +36,9 @@ def new_figure(n_rows: int = 1, n_columns: int = 1, size: tuple[float, float] = 
     return figure, axes
 
 
-def draw_spectrogram(axis: Axes, waveform: np.ndarray, *, window_s: float = 0.02, hop_s: float = 0.005) -> None:
+def draw_spectrogram(
+    axis: Axes, waveform: np.ndarray, *, window_s: float = 0.02, hop_s: float = 0.005, colour_bar: bool = True
+) -> None:
     """Draw a log-power spectrogram in dB below the clip's own maximum."""
     window, hop = int(window_s * SAMPLE_RATE_HZ), int(hop_s * SAMPLE_RATE_HZ)
     frequency, time, spectrum = stft(waveform, SAMPLE_RATE_HZ, nperseg=window, noverlap=window - hop, nfft=512)
@@ -46,7 +48,8 @@ def draw_spectrogram(axis: Axes, waveform: np.ndarray, *, window_s: float = 0.02
         time, frequency / 1000, power_db, vmin=-DYNAMIC_RANGE_DB, vmax=0, cmap="magma", shading="auto", rasterized=True
     )
     axis.set(ylabel="frequency (kHz)", xlabel="time (s)", ylim=(0, SAMPLE_RATE_HZ / 2000))
-    axis.figure.colorbar(image, ax=axis, label="dB below maximum", pad=0.01)
+    if colour_bar:
+        axis.figure.colorbar(image, ax=axis, label="dB below maximum", pad=0.01)
 
 
 def clips(waveforms: Mapping[str, np.ndarray]) -> Figure:
@@ -62,6 +65,23 @@ def clips(waveforms: Mapping[str, np.ndarray]) -> Figure:
         axes[0, column].plot(time_s, waveform, color=BLUE if "bona" in title.lower() else VERMILION, linewidth=0.4)
         axes[0, column].set(title=title, ylim=(-1, 1), ylabel="amplitude" if column == 0 else "")
         draw_spectrogram(axes[1, column], waveform)
+    return figure
+
+
+def spectrogram_grid(waveforms: Mapping[str, np.ndarray], *, n_columns: int = 4) -> Figure:
+    """Small spectrograms side by side, on one scale of dB below each clip's maximum.
+
+    Args:
+        waveforms: title -> samples (n,) at 16 kHz.
+    """
+    n_rows = -(-len(waveforms) // n_columns)
+    figure, axes = new_figure(n_rows, n_columns, size=(3.1 * n_columns, 2.2 * n_rows), squeeze=False, sharey=True)
+    for axis in axes.flat[len(waveforms) :]:
+        axis.set_visible(False)
+    for axis, (title, waveform) in zip(axes.flat, waveforms.items(), strict=False):
+        draw_spectrogram(axis, waveform, colour_bar=False)
+        axis.set_title(title, fontsize="small")
+        axis.label_outer()
     return figure
 
 
