@@ -109,6 +109,10 @@ class ClipCache:
     a few times a second, also while nobody asks for clips: memory taken by anything else shrinks it and purges
     the clips used longest ago at once, memory given back lets it grow again.
 
+    A shuffled epoch asks for every clip once, and for that no rule of recency is good: with room for half the
+    corpus 15 % of the requests hit, with room for 90 % of it 67 %. Where a corpus does not fit, a packed store is
+    the better source.
+
     Args:
         budget_bytes: the ceiling; None takes half the memory this process may use.
         floor_bytes: memory left free for everything else; None takes 5 % of that memory, 512 MiB at least.
