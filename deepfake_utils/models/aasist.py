@@ -83,7 +83,11 @@ def _norm_nodes(norm: nn.BatchNorm1d, nodes: Tensor) -> Tensor:
 
 def keep_largest(nodes: Tensor, scores: Tensor, share: float) -> Tensor:
     """The share of nodes with the largest scores, at least one, each times its score, best first."""
-    n_kept = max(int(nodes.shape[1] * share), 1)
+    n_nodes = nodes.shape[1]
+    if isinstance(n_nodes, Tensor):  # while an export traces the model: a number would freeze the length
+        n_kept = (n_nodes.double() * share).long().clamp(min=1)
+    else:
+        n_kept = max(int(n_nodes * share), 1)
     best = scores.topk(n_kept, dim=1).indices
     return (nodes * scores).gather(1, best.expand(-1, -1, nodes.shape[2]))
 

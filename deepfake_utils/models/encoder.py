@@ -13,9 +13,8 @@ spends its time moving them through memory. Three things avoid that, and change 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,89 +22,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from deepfake_utils.frontends.sinc import SincFilters
+from deepfake_utils.models import tiling
+from deepfake_utils.models.tiling import Tile, run_tiles, side_by_side, tiles_of
 
-TILE_FRAMES = 768  # of one utterance with 24 bands and 32 channels: 2.4 MB
-TILE_ROWS = 24 * TILE_FRAMES
+TILE_ROWS = 24 * tiling.TILE_FRAMES
 SELU_ALPHA, SELU_SCALE = 1.6732632423543772, 1.0507009873554805  # arXiv 1706.02515, equation 14
 
 
-class Tile(NamedTuple):
-    """Some output frames of a block for some utterances of a batch."""
-
-    utterances: slice
-    start: int
-    stop: int
-    n_frames: int  # of the block's input
-
-    def cut(self, x: Tensor) -> Tensor:
-        """The input frames these output frames depend on: two more on either side, where there are any."""
-        return x[self.utterances, :, :, max(3 * self.start - 2, 0) : 3 * self.stop + 2]
-
-    def pad(self, part: Tensor) -> Tensor:
-        """`cut`, with zeros for the frames that lie outside of the map."""
-        before, after = max(2 - 3 * self.start, 0), max(3 * self.stop + 2 - self.n_frames, 0)
-        return F.pad(part, (before, after)) if before or after else part
-
-    def clear_outside(self, hidden: Tensor) -> Tensor:
-        """Set to zero, in place, those of the frames [3 start - 1, 3 stop + 1) that lie outside of the map."""
-        if self.start == 0:
-            hidden[..., :1] = 0
-        if 3 * self.stop == self.n_frames:
-            hidden[..., -1:] = 0
-        return hidden
-
-
-def tiles_of(x: Tensor) -> Iterator[Tile]:
-    """Cut the work of a block on x (B, channels, bands, frames) into tiles of about TILE_FRAMES input frames."""
-    n_frames = x.shape[3]
-    n_out, length = n_frames // 3, TILE_FRAMES // 3
-    at_once = max(TILE_FRAMES // n_frames, 1)
-    for first in range(0, len(x), at_once):
-        for start in range(0, n_out, length):
-            yield Tile(slice(first, first + at_once), start, min(start + length, n_out), n_frames)
-
-
-def run_tiles(run: Callable[..., Tensor], x: Tensor, *parameters: Tensor) -> Tensor:
-    """Put together what `run(tile.cut(x), tile, *parameters)` returns for every tile of x, without gradient."""
-    whole = None
-    with torch.no_grad():
-        for tile in tiles_of(x):
-            part = run(tile.cut(x), tile, *parameters)
-            if whole is None:
-                shape = (len(x), *part.shape[1:3], x.shape[3] // 3)
-                whole = torch.empty(shape, dtype=part.dtype, memory_format=torch.channels_last)
-            whole[tile.utterances, :, :, tile.start : tile.stop] = part
-    return whole
-
-
-class RecomputedTiles(torch.autograd.Function):
-    """`run_tiles` that keeps only its inputs; the backward pass runs each tile again for its gradient."""
-
-    @staticmethod
-    def forward(ctx, run, x, *parameters):
-        ctx.run = run
-        ctx.autocast_dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
-        ctx.save_for_backward(x, *parameters)
-        return run_tiles(run, x, *parameters)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        x, *parameters = (tensor.detach() for tensor in ctx.saved_tensors)
-        parameters = [parameter.requires_grad_() for parameter in parameters]
-        x_grad = torch.zeros_like(x)
-        sums = [torch.zeros_like(parameter) for parameter in parameters]
-        autocast = torch.autocast("cpu", dtype=ctx.autocast_dtype, enabled=ctx.autocast_dtype is not None)
-        with torch.enable_grad(), autocast:
-            for tile in tiles_of(x):
-                part = tile.cut(x).detach().requires_grad_()
-                out = ctx.run(part, tile, *parameters)
-                out_grad = grad[tile.utterances, :, :, tile.start : tile.stop]
-                part_grad, *grads = torch.autograd.grad(out, [part, *parameters], out_grad)
-                tile.cut(x_grad).add_(part_grad)
-                for total, value in zip(sums, grads, strict=True):
-                    total.add_(value)
-        return None, x_grad, *sums
+def selu_backward(grad: Tensor, result: Tensor) -> Tensor:
+    """The gradient of SELU's argument from that of its result."""
+    return torch.ops.aten.elu_backward(grad, SELU_ALPHA, SELU_SCALE, 1, True, result)
 
 
 class NormSELU(torch.autograd.Function):
@@ -142,8 +68,7 @@ class NormSELU(torch.autograd.Function):
         x_grad = torch.empty_like(x, memory_format=torch.channels_last)
         inner = x_grad.permute(0, 2, 3, 1).flatten(0, 2).split(TILE_ROWS)
         for row, out_row, grad_row, inner_row in zip(rows, out, grad, inner, strict=True):
-            slope = torch.where(out_row > 0, SELU_SCALE, out_row + SELU_SCALE * SELU_ALPHA)
-            torch.mul(grad_row, slope, out=inner_row)
+            inner_row.copy_(selu_backward(grad_row, out_row))
             bias_grad += inner_row.sum(0)
             weight_grad += ((row - mean) * inner_row).sum(0)
         weight_grad *= inverse_deviation
@@ -167,10 +92,8 @@ def count_batch(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, n_values: int) 
 
 
 def largest_of_three(x: Tensor) -> Tensor:
-    """The largest of every 3 frames, the last one or two left over not counting."""
-    if torch.is_grad_enabled():
-        return F.max_pool2d(x, (1, 3))
-    stop = x.shape[3] // 3 * 3  # without a gradient no index is needed, and slices are several times faster
+    """F.max_pool2d(x, (1, 3)), several times faster as it need not say which of the three it was."""
+    stop = x.shape[3] // 3 * 3
     largest = torch.maximum(x[..., 0:stop:3], x[..., 1:stop:3])
     return torch.maximum(largest, x[..., 2:stop:3], out=largest)
 
@@ -215,13 +138,110 @@ class ResidualBlock(nn.Module):
         return run_tiles(self._tile, x, *folded)
 
     def _tile(self, part: Tensor, tile: Tile, weight: Tensor, bias: Tensor) -> Tensor:
-        part = tile.pad(part)
+        if any(tile.padding):
+            part = F.pad(part, tile.padding)
         hidden = F.conv2d(part, weight, bias, padding=(1, 0))
         hidden = F.selu(tile.clear_outside(hidden), inplace=True)
         out = F.conv2d(hidden, self.conv2.weight, self.conv2.bias)
         if isinstance(self.shortcut, nn.Identity):
             return largest_of_three(out.add_(part[..., 2:-2]))
         return largest_of_three(out.add_(F.conv2d(part[..., 1:-1], self.shortcut.weight, self.shortcut.bias)))
+
+
+class FirstBlockTiles(torch.autograd.Function):
+    """The first block with its norm folded in: keeps only its inputs, and runs each tile again for its gradient.
+
+    Kept whole, its three maps are half of the memory a training step takes, and writing and reading them takes
+    longer than computing them twice.
+    """
+
+    @staticmethod
+    def forward(ctx, x, *parameters):
+        ctx.save_for_backward(x, *parameters)
+        return run_tiles(FirstBlockTiles.run, x, *parameters)
+
+    @staticmethod
+    def patches(part: Tensor, tile: Tile) -> Tensor:
+        """(6, B, bands + 1, frames): the six values under conv1 at every place, each a map of its own."""
+        x = F.pad(part[:, 0], (*tile.padding, 1, 1))
+        n_rows, n_frames = x.shape[1] - 1, x.shape[2] - 2
+        return torch.stack([x[:, i : i + n_rows, j : j + n_frames] for i in (0, 1) for j in (0, 1, 2)])
+
+    @staticmethod
+    def hidden(patches: Tensor, tile: Tile, weight: Tensor, bias: Tensor) -> Tensor:
+        """SELU of conv1, (B, channels, bands + 1, frames)."""
+        hidden = torch.addmm(bias, patches.flatten(1).T, weight.flatten(1).T)
+        hidden = hidden.view(*patches.shape[1:], -1).permute(0, 3, 1, 2)
+        return F.selu(tile.clear_outside(hidden), inplace=True)
+
+    @staticmethod
+    def add_shortcut(out: Tensor, patches: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """Add the shortcut's convolution: a patch's lower row is the row that its output row adds."""
+        rows = patches[3:, :, :-1, 1:-1].flatten(1).T
+        return out.add_(torch.addmm(bias, rows, weight.flatten(1).T).view(_rows(out).shape).permute(0, 3, 1, 2))
+
+    @staticmethod
+    def run(part, tile, weight, bias, weight2, bias2, shortcut_weight, shortcut_bias):
+        patches = FirstBlockTiles.patches(part, tile)
+        out = F.conv2d(FirstBlockTiles.hidden(patches, tile, weight, bias), weight2, bias2)
+        return largest_of_three(FirstBlockTiles.add_shortcut(out, patches, shortcut_weight, shortcut_bias))
+
+    @staticmethod
+    def run_backward(part, tile, grad, weight, bias, weight2, bias2, shortcut_weight, shortcut_bias):
+        """Gradients of the part and of every parameter, from that of the tile's output."""
+        patches = FirstBlockTiles.patches(part, tile)
+        hidden = FirstBlockTiles.hidden(patches, tile, weight, bias)
+        out = FirstBlockTiles.add_shortcut(F.conv2d(hidden, weight2, bias2), patches, shortcut_weight, shortcut_bias)
+
+        _, index = F.max_pool2d(out, (1, 3), return_indices=True)
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        out_grad = torch.ops.aten.max_pool2d_with_indices_backward(
+            grad, out, (1, 3), (1, 3), (0, 0), (1, 1), False, index
+        )
+        hidden_grad, weight2_grad, bias2_grad = torch.ops.aten.convolution_backward(
+            out_grad, hidden, weight2, bias2.shape, (1, 1), (0, 0), (1, 1), False, (0, 0), 1, (True, True, True)
+        )
+        hidden_grad = hidden_grad.contiguous(memory_format=torch.channels_last)
+        conv1_rows = _rows(tile.clear_outside(selu_backward(hidden_grad, hidden))).flatten(0, 2)
+        shortcut_rows = _rows(out_grad).flatten(0, 2)
+
+        patch_grad = (conv1_rows @ weight.flatten(1)).T.reshape(patches.shape)
+        shortcut_grad = (shortcut_rows @ shortcut_weight.flatten(1)).T
+        patch_grad[3:, :, :-1, 1:-1] += shortcut_grad.reshape(patches[3:, :, :-1, 1:-1].shape)
+        padded = patches.new_zeros(patches.shape[1], patches.shape[2] + 1, patches.shape[3] + 2)
+        for k, (i, j) in enumerate((i, j) for i in (0, 1) for j in (0, 1, 2)):
+            padded[:, i : i + patches.shape[2], j : j + patches.shape[3]] += patch_grad[k]
+        before, _ = tile.padding
+        part_grad = padded[:, None, 1:-1, before : before + part.shape[3]]
+
+        weight_grad = (patches.flatten(1) @ conv1_rows).T.reshape(weight.shape)
+        lower = patches[3:, :, :-1, 1:-1].flatten(1)
+        shortcut_weight_grad = (lower @ shortcut_rows).T.reshape(shortcut_weight.shape)
+        bias_grad = conv1_rows.sum(0)
+        return part_grad, weight_grad, bias_grad, weight2_grad, bias2_grad, shortcut_weight_grad, bias2_grad
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, *parameters = ctx.saved_tensors
+        tiles = tiles_of(x)
+
+        def run(tile: Tile):
+            tile_grad = grad[tile.utterances, :, :, tile.start : tile.stop]
+            return FirstBlockTiles.run_backward(tile.cut(x), tile, tile_grad, *parameters)
+
+        x_grad = torch.zeros_like(x)
+        sums = [torch.zeros_like(parameter) for parameter in parameters]
+        for tile, (part_grad, *grads) in zip(tiles, side_by_side(run, tiles), strict=True):
+            tile.cut(x_grad).add_(part_grad)
+            for total, value in zip(sums, grads, strict=True):
+                total.add_(value)
+        return x_grad, *sums
+
+
+def _rows(x: Tensor) -> Tensor:
+    """A channels-last map as (B, bands, frames, channels)."""
+    return x.permute(0, 2, 3, 1)
 
 
 class FirstBlock(ResidualBlock):
@@ -235,23 +255,12 @@ class FirstBlock(ResidualBlock):
         if torch.jit.is_tracing():
             return self.plain(x)
         weight, bias = fold_norm(self.conv1, self.norm, *self._statistics(x))
-        parameters = weight, bias, self.conv2.weight, self.conv2.bias, self.shortcut.weight, self.shortcut.bias
-        if not x.is_cpu:
-            return self._tile(x, Tile(slice(None), 0, x.shape[3] // 3, x.shape[3]), *parameters)
-        run = RecomputedTiles.apply if torch.is_grad_enabled() else run_tiles
-        return run(self._tile, x, *parameters)
-
-    def _tile(self, part, tile, weight, bias, weight2, bias2, shortcut_weight, shortcut_bias) -> Tensor:
-        x = F.pad(tile.pad(part)[:, 0], (0, 0, 1, 1))
-        n_rows, n_frames = x.shape[1] - 1, x.shape[2] - 2
-        patches = torch.stack([x[:, i : i + n_rows, j : j + n_frames] for i in (0, 1) for j in (0, 1, 2)])
-        hidden = torch.addmm(bias, patches.flatten(1).T, weight.flatten(1).T)
-        hidden = hidden.view(len(x), n_rows, n_frames, -1).permute(0, 3, 1, 2)
-        hidden = F.selu(tile.clear_outside(hidden), inplace=True)
-        out = F.conv2d(hidden, weight2, bias2).permute(0, 2, 3, 1)
-        rows = patches[3:, :, :-1, 1:-1].flatten(1).T  # a patch's lower row is the row its output row adds
-        out = out.add_(torch.addmm(shortcut_bias, rows, shortcut_weight.flatten(1).T).view_as(out))
-        return largest_of_three(out.permute(0, 3, 1, 2)[..., : 3 * (tile.stop - tile.start)])
+        if x.is_cpu:
+            return FirstBlockTiles.apply(
+                x, weight, bias, self.conv2.weight, self.conv2.bias, self.shortcut.weight, self.shortcut.bias
+            )
+        hidden = F.selu(F.conv2d(x, weight, bias, padding=(1, 1)), inplace=True)
+        return F.max_pool2d(self.conv2(hidden).add_(self.shortcut(x)), (1, 3))
 
     def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance of conv1(x) in every channel: the batch's in training, else the running ones."""

@@ -1,0 +1,97 @@
+"""Run a convolutional block over tiles of frames, several at once, on a processor.
+
+A tile's intermediate results fit in a core's cache, so that they never travel to memory, and each core works
+through tiles of its own: one meeting of the cores a block, not one an operation, which matters most where other
+programs share the machine.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+TILE_FRAMES = 768  # of one utterance with 24 bands and 32 channels: 2.4 MB
+HALO_FRAMES = 2  # an output frame of a block depends on its own three input frames and two on either side
+
+
+class Tile(NamedTuple):
+    """Some output frames of a block, for some utterances of a batch; the block keeps 1 frame in 3."""
+
+    utterances: slice
+    start: int
+    stop: int
+    n_frames: int  # of the block's input
+
+    def cut(self, x: Tensor) -> Tensor:
+        """The frames of the block's input that the tile depends on, without those outside of the map."""
+        return x[self.utterances, :, :, max(3 * self.start - HALO_FRAMES, 0) : 3 * self.stop + HALO_FRAMES]
+
+    @property
+    def padding(self) -> tuple[int, int]:
+        """How many of the frames it depends on lie before and after the map."""
+        return max(HALO_FRAMES - 3 * self.start, 0), max(3 * self.stop + HALO_FRAMES - self.n_frames, 0)
+
+    def clear_outside(self, hidden: Tensor) -> Tensor:
+        """Set to zero, in place, those of the frames [3 start - 1, 3 stop + 1) that lie outside of the map."""
+        if self.start == 0:
+            hidden[..., :1] = 0
+        if 3 * self.stop == self.n_frames:
+            hidden[..., -1:] = 0
+        return hidden
+
+
+def tiles_of(x: Tensor) -> list[Tile]:
+    """Cut the work of a block on x (B, channels, bands, frames) into tiles of about TILE_FRAMES input frames."""
+    n_frames = x.shape[3]
+    n_out, length = n_frames // 3, TILE_FRAMES // 3
+    at_once = max(TILE_FRAMES // n_frames, 1)
+    return [
+        Tile(slice(first, first + at_once), start, min(start + length, n_out), n_frames)
+        for first in range(0, len(x), at_once)
+        for start in range(0, n_out, length)
+    ]
+
+
+def run_tiles(run: Callable[..., Tensor], x: Tensor, *parameters: Tensor) -> Tensor:
+    """Put together what `run(tile.cut(x), tile, *parameters)` returns for every tile of x, without gradient."""
+    tiles = tiles_of(x)
+    whole = None
+    for tile, part in zip(tiles, side_by_side(lambda t: run(t.cut(x), t, *parameters), tiles), strict=True):
+        if whole is None:
+            shape = (len(x), *part.shape[1:3], x.shape[3] // 3)
+            whole = torch.empty(shape, dtype=part.dtype, memory_format=torch.channels_last)
+        whole[tile.utterances, :, :, tile.start : tile.stop] = part
+    return whole
+
+
+def side_by_side(function: Callable[[Tile], Any], items: list[Tile]) -> Iterable[Any]:
+    """`map`, without gradient and in single precision, on as many threads as PyTorch uses for one operation.
+
+    Results come in order and do not depend on the number of threads.
+    """
+    n_threads = torch.get_num_threads()
+    inference = torch.is_inference_mode_enabled()
+
+    def run(item: Tile) -> Any:
+        with torch.inference_mode(inference), torch.no_grad(), torch.autocast("cpu", enabled=False):
+            return function(item)
+
+    if n_threads == 1 or len(items) == 1:
+        return map(run, items)
+    return _pool(n_threads, os.getpid()).map(run, items)
+
+
+@cache
+def _pool(n_threads: int, _process: int) -> ThreadPoolExecutor:
+    """Threads that each run operations alone. A forked process needs its own: threads do not survive a fork."""
+    pool = ThreadPoolExecutor(n_threads, "tiles", initializer=torch.set_num_threads, initargs=(1,))
+    list(pool.map(lambda _: time.sleep(0.01), range(n_threads)))  # so that every thread starts now
+    torch.set_num_threads(n_threads)  # what a thread sets for itself is also what later threads start from
+    return pool
