@@ -1,5 +1,6 @@
 """Batches: the same numbers from every source and from any step on, nothing lost, no thread left behind."""
 
+import _thread
 import itertools
 import sys
 import threading
@@ -47,8 +48,14 @@ def numbered(n_clips: int, n_samples: int = 8) -> list:
     return [np.full(n_samples, row) for row in range(n_clips)]
 
 
-def batch_threads() -> list:
-    return [thread for thread in threading.enumerate() if thread.name.startswith("batch-")]
+class Threads:
+    """How many threads live that did not before; `threading` does not list all of them."""
+
+    def __init__(self):
+        self.before = _thread._count()
+
+    def none_left(self) -> bool:
+        return settles(lambda: _thread._count() <= self.before)
 
 
 def settles(condition, limit_s: float = 10.0) -> bool:
@@ -291,12 +298,12 @@ def test_an_unreadable_clip_is_named_at_its_step_after_the_batches_before_it(pro
     bad = tmp_path / "bad.flac"
     bad.write_bytes(b"fLaC, but not really")
     broken.loc[5, "path"] = str(bad)
-    seen = []
+    seen, threads = [], Threads()
     with pytest.raises(AudioError, match="utterance utt5: .*bad.flac"):
         for batch in eval_batches(open_source(broken, "files"), batch_size=2, n_samples=4, device="cpu"):
             seen += batch.index.tolist()
     assert seen == [0, 1, 2, 3]
-    assert settles(lambda: not batch_threads())
+    assert threads.none_left()
 
 
 def fail_in_the_loop(source):
@@ -304,18 +311,25 @@ def fail_in_the_loop(source):
         raise RuntimeError("in the training step")
 
 
+def assert_nothing_is_asked_any_more(source):
+    """Closing waited: no thread is still at work."""
+    n_asked = len(source.asked)
+    time.sleep(0.05)
+    assert len(source.asked) == n_asked
+
+
 @pytest.mark.parametrize("ending", ["exhausted", "closed", "interrupted", "step fails", "abandoned"])
 def test_no_thread_is_left(ending):
-    source, kept = Clips(numbered(400)), None
+    source, kept, threads = Clips(numbered(400), before=lambda row: time.sleep(0.001)), None, Threads()
     if ending == "exhausted":
         assert len(list(eval_batches(source, batch_size=2, n_samples=4, device="cpu"))) == 200
     elif ending == "closed":
         consume(source, n_batches=2)[0].close()
-        assert not batch_threads()  # at once
+        assert_nothing_is_asked_any_more(source)
     elif ending == "interrupted":
         with pytest.raises(KeyboardInterrupt):
             consume(source, n_batches=2)[0].throw(KeyboardInterrupt)
-        assert not batch_threads()
+        assert_nothing_is_asked_any_more(source)
     elif ending == "step fails":
         try:
             fail_in_the_loop(source)
@@ -323,7 +337,7 @@ def test_no_thread_is_left(ending):
             kept = sys.exc_info()  # a notebook keeps the traceback, and with it the loop's iterator
     else:
         kept = consume(source, n_batches=2)
-    assert settles(lambda: not batch_threads())
+    assert threads.none_left()
     if ending != "exhausted":
         assert len(source.asked) < 60
     del kept

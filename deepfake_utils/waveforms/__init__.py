@@ -13,14 +13,7 @@ from deepfake_utils.conventions import ConfigError
 
 from .batches import Batch, balanced_weights, eval_batches, train_batches
 from .cache import CachedSource, ClipCache, FileSource, shared_cache
-from .store import (
-    DeviceSource,
-    PackedStore,
-    StoreError,
-    estimate_bytes,
-    free_device_bytes,
-    open_store,
-)
+from .store import DeviceSource, PackedStore, StoreError, estimate_bytes, free_device_bytes, open_store
 
 __all__ = [
     "Batch",

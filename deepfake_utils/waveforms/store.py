@@ -25,13 +25,7 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from deepfake_utils.conventions import (
-    SAMPLE_RATE_HZ,
-    AudioError,
-    CorpusError,
-    DeepfakeUtilsError,
-    atomic_write,
-)
+from deepfake_utils.conventions import SAMPLE_RATE_HZ, AudioError, CorpusError, DeepfakeUtilsError, atomic_write
 from deepfake_utils.runtime import free_memory_bytes
 
 from .batches import crop_starts
@@ -191,9 +185,8 @@ def open_store(
 ) -> PackedStore:
     """Open the packed store of a protocol in `folder`, building it or going on with it where needed.
 
-    A finished store is reused if utterances, file names, sizes, modification times and settings are those it
-    was built from; else it is built again and then replaces the old one. A folder that cannot be written still serves
-    a finished store.
+    A finished store is reused, also from a folder that cannot be written, if utterances, file names, sizes,
+    modification times and settings are those it was built from; else a new one is built and replaces it.
 
     Args:
         protocol: one row a trial, with `utterance` and `path`.
