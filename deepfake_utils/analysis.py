@@ -24,6 +24,13 @@ from deepfake_utils.conventions import BONAFIDE, SAMPLE_RATE_HZ, SPOOF, ConfigEr
 FRAME_SAMPLES = SAMPLE_RATE_HZ // 100  # 10 ms, the resolution of silence
 SILENCE_DB = 40.0  # below the clip's loudest frame: quieter frames at its ends are silence
 BANDWIDTH_DB = 60.0  # below the strongest frequency: the band ends where nothing is stronger than that
+NUMBER_NAMES = {
+    "duration_s": "duration",
+    "leading_silence_s": "leading silence",
+    "trailing_silence_s": "trailing silence",
+    "level_db": "level",
+    "bandwidth_hz": "bandwidth",
+}
 _SPECTRUM_SAMPLES = 1024
 _SMALLEST_POWER = 1e-20
 
@@ -142,14 +149,14 @@ def shortcut_errors(
         rule, bona_fide_if ("high" or "low" on dev; "" for the regression), eer, low, high.
     """
     dev_labels, labels = np.asarray(dev_labels), np.asarray(labels)
-    names = [name for name in numbers.columns if name != "utterance"]
+    names = list(NUMBER_NAMES)
     scores = {}
     for name in names:
         sign = 1.0 if metrics.auc(dev[name], dev_labels) >= 0.5 else -1.0
-        scores[name] = ("high" if sign > 0 else "low", sign * numbers[name].to_numpy())
+        scores[NUMBER_NAMES[name]] = ("high" if sign > 0 else "low", sign * numbers[name].to_numpy())
     regression = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced", max_iter=1000))
     regression.fit(dev[names].to_numpy(), dev_labels)
-    scores["all together (logistic regression)"] = ("", regression.decision_function(numbers[names].to_numpy()))
+    scores["all five together"] = ("", regression.decision_function(numbers[names].to_numpy()))
     rows = []
     for name, (side, values) in scores.items():
         interval = interval_or_none(intervals.eer_metric, values, labels, clusters, n_bootstrap, seed)
@@ -163,7 +170,9 @@ def interval_or_none(metric, scores, labels, clusters, n_bootstrap: int, seed: i
     """Return the bootstrap interval, by trial where the speakers cannot carry it; None where nothing can."""
     for groups in (clusters, None) if clusters is not None else (None,):
         try:
-            return intervals.bootstrap(metric, scores, labels, groups, n=n_bootstrap, seed=seed) if n_bootstrap else None
+            return (
+                intervals.bootstrap(metric, scores, labels, groups, n=n_bootstrap, seed=seed) if n_bootstrap else None
+            )
         except ScoreError:  # a class with a single speaker, or a single trial
             continue
     return None
@@ -334,7 +343,9 @@ def compare(
     return pd.DataFrame.from_dict(rows, orient="index").reindex(columns=columns)
 
 
-def speakers_of(trials: pd.DataFrame, unknown: Sequence[str] = ("", "-", "unknown", "nan", "None")) -> np.ndarray | None:
+def speakers_of(
+    trials: pd.DataFrame, unknown: Sequence[str] = ("", "-", "unknown", "nan", "None")
+) -> np.ndarray | None:
     """Return each trial's speaker as text for a clustered bootstrap, or None where any is unknown."""
     speakers = trials["speaker"].astype(str)
     return None if speakers.isin(list(unknown)).any() else speakers.to_numpy(dtype=str)

@@ -42,7 +42,8 @@ def window_scores(
     """
     waveform = np.asarray(waveform[:n_samples], dtype=np.float32)
     size, hop = int(window_s * SAMPLE_RATE_HZ), int(hop_s * SAMPLE_RATE_HZ)
-    starts = np.arange(0, max(len(waveform) - size, 0) + 1, hop)
+    last = max(len(waveform) - size, 0)
+    starts = np.unique(np.append(np.arange(0, last, hop), last))  # the last stretch ends with the clip
     stretches = np.stack([fit_length(waveform[start : start + size], n_samples) for start in starts])
     device = next(model.parameters()).device
     with torch.no_grad():
@@ -75,12 +76,13 @@ def relevance(
     Returns:
         (n_bands, frames), change of the logit of bona fide per unit gain.
     """
-    device = next(model.parameters()).device
-    clip = torch.from_numpy(np.array(waveform[:n_samples], dtype=np.float32)).to(device)
-    window = torch.hann_window(FFT_SAMPLES, device=device)
+    like = next(model.parameters())
+    device = like.device
+    clip = torch.from_numpy(np.array(waveform[:n_samples])).to(like)
+    window = torch.hann_window(FFT_SAMPLES).to(like)
     grid = {"n_fft": FFT_SAMPLES, "hop_length": HOP_SAMPLES, "window": window, "pad_mode": "constant"}
     spectrum = torch.stft(clip, **grid, return_complex=True)
-    gain = torch.ones(spectrum.shape, device=device, requires_grad=True)
+    gain = torch.ones_like(spectrum.real, requires_grad=True)
     rebuilt = torch.istft(spectrum * gain, n_fft=FFT_SAMPLES, hop_length=HOP_SAMPLES, window=window, length=len(clip))
     repeated = rebuilt[torch.arange(n_samples, device=device) % len(clip)]
     with torch.enable_grad():

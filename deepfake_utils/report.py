@@ -23,7 +23,12 @@ from deepfake_utils.scorefile import Scores, join_scores, read_asv_scores
 MAX_ROWS = 60  # of one table on the page; what is left out is said
 HEADLINES = {  # name in the result -> (title, factor, digits, what it is)
     "eer": ("EER", 100, 2, "% of either class wrong where both fare alike; a coin has 50"),
-    "min_tdcf": ("min t-DCF, 2019", 1, 4, "cost in tandem with speaker verification; 1 is no countermeasure worth having"),
+    "min_tdcf": (
+        "min t-DCF, 2019",
+        1,
+        4,
+        "cost in tandem with speaker verification; 1 is no countermeasure worth having",
+    ),
     "min_tdcf_revised": ("min t-DCF, 2021 form", 1, 4, "the same with the cost of the verification itself"),
     "tandem_eer": ("tandem EER", 100, 2, "% where target, nontarget and spoof trials fare alike"),
     "min_dcf": ("min DCF", 1, 4, "ASVspoof 5 cost at the best threshold for these trials"),
@@ -190,7 +195,9 @@ def write_html(
     det = plots.det_with_points({"scores": (score, label)}, {"threshold": (result["p_fa"], result["p_miss"])})
     parts.append(_section("Scores and trade-off", _picture(histogram, "score histogram") + _picture(det, "DET curve")))
     if result["per_attack"]:
-        parts.append(_section("Attacks", _picture(_attack_figure(result), "EER by attack"), _table(attack_table(result))))
+        parts.append(
+            _section("Attacks", _picture(_attack_figure(result), "EER by attack"), _table(attack_table(result)))
+        )
     for column in result["by"]:
         parts.append(_section(f"By {column}", _table(breakdown_table(result, column))))
     if asv_scores is not None:
@@ -211,7 +218,12 @@ def _trials(result: dict, scores: Scores | pd.DataFrame, protocol: pd.DataFrame)
 
 def _attack_figure(result: dict) -> Figure:
     rows = [
-        {"attack": attack, "eer": row["eer"], "n": row["n"], **dict(zip(("low", "high"), row["eer_ci"] or (), strict=False))}
+        {
+            "attack": attack,
+            "eer": row["eer"],
+            "n": row["n"],
+            **dict(zip(("low", "high"), row["eer_ci"] or (), strict=False)),
+        }
         for attack, row in result["per_attack"].items()
     ]
     return plots.attack_bars(pd.DataFrame(rows), overall=result["eer"])
@@ -232,14 +244,14 @@ def _how(result: dict) -> str:
     speakers = f" of {result['n_speakers']:,} speakers" if result["n_speakers"] else ""
     text = (
         f"{result['n_bonafide']:,} bona fide and {result['n_spoof']:,} spoofed trials{speakers}. Score file: "
-        f"{result['score_dialect']}; in it a high score is {result['higher_is']}. A trial is accepted as bona fide from "
-        f"{result['threshold']:.6g} on ({result['threshold_source']}): {percent(result['p_miss'])} % of bona fide trials are "
-        f"rejected, {percent(result['p_fa'])} % of spoofs accepted."
+        f"{result['score_dialect']}; in it a high score is {result['higher_is']}. A trial is accepted as bona fide "
+        f"from {result['threshold']:.6g} on ({result['threshold_source']}): {percent(result['p_miss'])} % of bona "
+        f"fide trials are rejected, {percent(result['p_fa'])} % of spoofs accepted."
     )
     if result["n_bootstrap"]:
         text += (
-            f" Intervals: {100 * result['confidence']:g} %, {result['n_bootstrap']:,} bootstrap replicates resampled by "
-            f"{result['bootstrap_unit']}, seed {result['seed']}."
+            f" Intervals: {100 * result['confidence']:g} %, {result['n_bootstrap']:,} bootstrap replicates resampled "
+            f"by {result['bootstrap_unit']}, seed {result['seed']}."
         )
     notes = "".join(f"<p class=note>{html.escape(note)}</p>" for note in result["warnings"])
     return f"<p>{html.escape(text)}</p>{notes}"

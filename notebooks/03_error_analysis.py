@@ -217,7 +217,8 @@ show(plots.det_with_points(systems, at_dev_threshold), "det")
 # The difference between the two is bad calibration, and is avoidable.
 
 # %%
-show(plots.reliability_diagram(reliability(values, labels), reliability(llrs, labels)), "reliability")
+n_bins = int(min(15, max(4, len(labels) / 20)))  # few trials, few bins
+show(plots.reliability_diagram(*(reliability(s, labels, n_bins=n_bins) for s in (values, llrs))), "reliability")
 calibrated = evaluate(evaluation[["utterance"]].assign(score=llrs), evaluation.drop(columns="score"), n_bootstrap=0)
 rows = {"raw": result, "calibrated on dev": calibrated}
 tabulate(pd.DataFrame([
@@ -239,7 +240,7 @@ points = {
     for use in PRESETS
 }
 tabulate(report.threshold_table(points))
-print(*(f"{use}: {preset.reasoning}" for use, preset in PRESETS.items()), sep="\n")
+display(Markdown("\n".join(f"- *{use}*: {preset.reasoning}" for use, preset in PRESETS.items())))
 
 # %% [markdown]
 # ## In tandem with speaker verification
@@ -256,7 +257,8 @@ if asv_file := corpus.asv_scores("eval"):
     rates = measures.asv_error_rates(asv["score"], asv["key"])
     curve = measures.det_points(values, labels)
     costs = {form: measures.tandem_curve(curve, rates, revised=form == "2021") for form in ("2019", "2021")}
-    show(plots.tandem_cost(costs, operating_point=threshold), "tandem")
+    title = f"eval, n = {curve.n_bonafide:,} bona fide + {curve.n_spoof:,} spoof"
+    show(plots.tandem_cost(costs, operating_point=threshold, title=title), "tandem")
 else:
     print("This corpus comes without speaker verification scores: no t-DCF.")
 
@@ -332,7 +334,7 @@ shortcuts = analysis.shortcut_errors(
     numbers["dev"], measured["dev"]["label"], numbers["eval"], measured["eval"]["label"],
     analysis.speakers_of(measured["eval"]), n_bootstrap=n_bootstrap, seed=seed,
 )  # fmt: skip
-show(plots.eer_bars(shortcuts), "shortcuts")
+show(plots.eer_bars(shortcuts, title=f"n = {len(measured['eval']):,} eval trials"), "shortcuts")
 tabulate(shortcuts.assign(eer=100 * shortcuts["eer"], low=100 * shortcuts["low"], high=100 * shortcuts["high"])
          .rename(columns={"eer": "EER %", "low": "from", "high": "to"}))  # fmt: skip
 

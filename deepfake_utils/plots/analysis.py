@@ -41,14 +41,14 @@ def score_panels(panels: Mapping[str, tuple[np.ndarray, np.ndarray, Mapping[str,
         for label, name in CLASS_NAME.items():
             chosen = scores[labels == label]
             axis.hist(
-                chosen, edges, density=True, alpha=0.55, color=CLASS_COLOUR[label], label=f"{name} (n = {len(chosen):,})",
+                chosen, edges, density=True, alpha=0.55, color=CLASS_COLOUR[label],
+                label=f"{name} (n = {len(chosen):,})",
                 hatch="//" if label == SPOOF else None, edgecolor="white", linewidth=0.3,
             )  # fmt: skip
         for (name, value), style in zip(thresholds.items(), ("--", ":", "-.", "-"), strict=False):
             axis.axvline(value, color=BLACK, linestyle=style, linewidth=1.3, label=f"{name}: {value:.3g}")
         axis.set(xlabel=scale, ylabel="density")
-        axis.set_ylim(0, 1.45 * axis.get_ylim()[1])  # room for the legend above the bars
-        axis.legend(frameon=False, fontsize="x-small", loc="upper center", ncols=2)
+        axis.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(0, -0.18), ncols=2)
     return figure
 
 
@@ -62,7 +62,6 @@ def reliability_diagram(before: pd.DataFrame, after: pd.DataFrame) -> Figure:
     for axis, table, title in zip(axes, (before, after), ("raw score", "calibrated on dev"), strict=True):
         n = table["n_bonafide"] + table["n_spoof"]
         axis.plot([0, 1], [0, 1], color="0.6", linestyle=":", label="what is promised is found")
-        axis.plot(table["predicted"], table["observed"], color=BLUE, linewidth=1, zorder=1)
         axis.scatter(table["predicted"], table["observed"], s=12 + 160 * n / n.max(), color=BLUE, edgecolors="white",
                      label=f"bins of equal weight, area: trials (n = {n.sum():,})")  # fmt: skip
         axis.set(xlabel="predicted probability of bona fide", title=title, xlim=(-0.04, 1.04), ylim=(-0.04, 1.04))
@@ -72,7 +71,9 @@ def reliability_diagram(before: pd.DataFrame, after: pd.DataFrame) -> Figure:
     return figure
 
 
-def tandem_cost(costs: Mapping[str, tuple[np.ndarray, np.ndarray]], *, operating_point: float | None = None) -> Figure:
+def tandem_cost(
+    costs: Mapping[str, tuple[np.ndarray, np.ndarray]], *, operating_point: float | None = None, title: str = ""
+) -> Figure:
     """Normalised tandem detection cost over the countermeasure's threshold, the minimum marked.
 
     Args:
@@ -93,7 +94,12 @@ def tandem_cost(costs: Mapping[str, tuple[np.ndarray, np.ndarray]], *, operating
     if operating_point is not None:
         axis.axvline(operating_point, color=BLACK, linestyle="-.", linewidth=1, label="threshold chosen on dev")
     top = max(1.25, min(3.0, max(float(cost.max()) for cost, _ in costs.values())))
-    axis.set(xlabel="threshold on the score (accept as bona fide above)", ylabel="normalised t-DCF", ylim=(0, top))
+    axis.set(
+        xlabel="threshold on the score (accept as bona fide above)",
+        ylabel="normalised t-DCF",
+        ylim=(0, top),
+        title=title,
+    )
     axis.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(0, -0.18), ncols=1)
     return figure
 
@@ -129,10 +135,14 @@ def gap_parts(parts: pd.DataFrame) -> Figure:
     colours = [BLUE if what == "bona fide" else VERMILION for what in parts["what"]]
     hatches = ["" if part >= 0 else "//" for part in parts["part"]]
     position = np.arange(1, len(parts) + 1)
-    axis.bar(position, 100 * parts["part"], bottom=100 * starts, color=colours, hatch=hatches, edgecolor="white", width=0.7)
+    axis.bar(
+        position, 100 * parts["part"], bottom=100 * starts, color=colours, hatch=hatches, edgecolor="white", width=0.7
+    )
     axis.bar(len(parts) + 1, 100 * total, color="0.25", width=0.7)
     for x, start, part in zip(position, starts, parts["part"], strict=True):
-        axis.annotate(f"{100 * part:+.1f}", (x, 100 * max(start, start + part)), ha="center", va="bottom", fontsize="small")
+        axis.annotate(
+            f"{100 * part:+.1f}", (x, 100 * max(start, start + part)), ha="center", va="bottom", fontsize="small"
+        )
         axis.plot([x - 1.35, x + 0.35], 2 * [100 * start], color="0.5", linewidth=0.7)
     for x, value in ((0, dev), (len(parts) + 1, total)):
         axis.annotate(f"{100 * value:.1f}", (x, 100 * value), ha="center", va="bottom", fontsize="small")
@@ -142,24 +152,23 @@ def gap_parts(parts: pd.DataFrame) -> Figure:
     return figure
 
 
-def eer_bars(table: pd.DataFrame) -> Figure:
+def eer_bars(table: pd.DataFrame, *, title: str = "") -> Figure:
     """One horizontal bar for each decision rule, against what a coin gives.
 
     Args:
-        table: columns rule, eer (fraction); optionally low and high (fractions).
+        table: columns rule, eer, low and high (fractions; NaN for no interval).
     """
     figure, axis = new_figure(size=(7.2, 0.42 * len(table) + 1.3))
     position = np.arange(len(table))[::-1]
     axis.barh(position, 100 * table["eer"], color=SKY, edgecolor=BLUE, height=0.65)
-    if {"low", "high"} <= set(table):
-        spread = 100 * np.clip([table["eer"] - table["low"], table["high"] - table["eer"]], 0, None)
-        axis.errorbar(100 * table["eer"], position, xerr=spread, fmt="none", ecolor=BLACK, capsize=3, linewidth=1)
+    spread = 100 * np.clip([table["eer"] - table["low"], table["high"] - table["eer"]], 0, None)
+    axis.errorbar(100 * table["eer"], position, xerr=spread, fmt="none", ecolor=BLACK, capsize=3, linewidth=1)
     for y, eer in zip(position, table["eer"], strict=True):
         axis.annotate(f"{100 * eer:.1f}", (0.6, y), va="center", fontsize="small")
     axis.axvline(50, color=BLACK, linestyle=":", linewidth=1.2)
-    axis.annotate("a coin", (50, 1.0), xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize="small")
+    axis.annotate("a coin ", (50, 0.0), xycoords=("data", "axes fraction"), ha="right", va="bottom", fontsize="small")
     axis.set_yticks(position, table["rule"], fontsize="small")
-    axis.set(xlabel="EER on eval (%)", xlim=(0, 100 if table["eer"].max() > 0.62 else 75))
+    axis.set(xlabel="EER on eval (%)", xlim=(0, 100), title=title)
     return figure
 
 
@@ -175,7 +184,14 @@ def trimming(scores: np.ndarray, trimmed: np.ndarray, labels: np.ndarray, cut_s:
     for label, marker in ((BONAFIDE, "o"), (SPOOF, "^")):
         of = labels == label
         name = f"{CLASS_NAME[label]} (n = {of.sum()})"
-        style = {"color": CLASS_COLOUR[label], "marker": marker, "s": 26, "alpha": 0.75, "edgecolors": "white", "linewidths": 0.4}
+        style = {
+            "color": CLASS_COLOUR[label],
+            "marker": marker,
+            "s": 26,
+            "alpha": 0.75,
+            "edgecolors": "white",
+            "linewidths": 0.4,
+        }
         axis.scatter(scores[of], trimmed[of], label=name, **style)
         moved.scatter(cut_s[of], (trimmed - scores)[of], **style)
     axis.set(xlabel="score, whole clip", ylabel="score, silence trimmed")
@@ -200,7 +216,8 @@ def embedding_map(maps: Mapping[str, np.ndarray], attacks: Sequence[str], *, see
     for axis, (title, points) in zip(axes[0], maps.items(), strict=True):
         for number, name in enumerate(names):
             of, colour = attacks == name, colours[number % len(colours)]
-            axis.scatter(*points[of].T, marker=MARKERS[1 + number % (len(MARKERS) - 1)], s=34, label=f"{name} (n = {of.sum()})",
+            axis.scatter(*points[of].T, marker=MARKERS[1 + number % (len(MARKERS) - 1)], s=34,
+                         label=f"{name} (n = {of.sum()})",
                          facecolors="none" if name in seen else colour, edgecolors=colour if name in seen else "white",
                          linewidths=1.2 if name in seen else 0.4)  # fmt: skip
         of = attacks == NO_ATTACK
@@ -230,22 +247,26 @@ def clip_under_the_lens(
     axes[0].set(ylabel="amplitude", title=title, ylim=(-peak, peak))
     draw_spectrogram(axes[1], waveform)
     axes[1].set_xlabel("")
-    axes[2].hlines(windows["score"], windows["start_s"], windows["stop_s"], color=GREEN, linewidth=2.4, label="this stretch alone")
+    axes[2].hlines(
+        windows["score"], windows["start_s"], windows["stop_s"], color=GREEN, linewidth=2.4, label="this stretch alone"
+    )
     axes[2].axhline(whole, color=PURPLE, linewidth=1.3, label=f"whole clip: {whole:.2f}")
     axes[2].axhline(threshold, color=BLACK, linestyle="--", linewidth=1, label=f"threshold: {threshold:.2f}")
     axes[2].set(ylabel="score")
-    axes[2].legend(frameon=False, fontsize="x-small", loc="center left", bbox_to_anchor=(1.0, 0.5))
-    limit = float(np.abs(relevance).max()) or 1.0
+    axes[2].legend(frameon=False, fontsize="x-small", loc="lower left", bbox_to_anchor=(0, 0.98), ncols=3)
+    limit = float(np.quantile(np.abs(relevance), 0.995)) or 1.0  # a few cells outshine all others
     image = axes[3].imshow(
         relevance, origin="lower", aspect="auto", cmap="PuOr", vmin=-limit, vmax=limit, interpolation="nearest",
-        extent=(0, min(duration_s, relevance.shape[1] * duration_s / max(relevance.shape[1], 1)), 0, SAMPLE_RATE_HZ / 2000),
+        extent=(0, duration_s, 0, SAMPLE_RATE_HZ / 2000),
     )  # fmt: skip
     axes[3].set(ylabel="frequency (kHz)", xlabel="time (s)", xlim=(0, duration_s))
-    figure.colorbar(image, ax=axes[3], label="spoof  <  pushes towards  >  bona fide", pad=0.01)
+    figure.colorbar(image, ax=axes[3], label="change of the score\nspoof < 0 < bona fide", extend="both", pad=0.01)
     return figure
 
 
-def agreement(first: np.ndarray, second: np.ndarray, labels: np.ndarray, *, names: tuple[str, str], threshold: float) -> Figure:
+def agreement(
+    first: np.ndarray, second: np.ndarray, labels: np.ndarray, *, names: tuple[str, str], threshold: float
+) -> Figure:
     """Log-likelihood ratios of two systems on the same trials, cut into four by one threshold.
 
     Args:
@@ -256,11 +277,23 @@ def agreement(first: np.ndarray, second: np.ndarray, labels: np.ndarray, *, name
     for label, marker in ((SPOOF, "^"), (BONAFIDE, "o")):
         of = labels == label
         axis.scatter(first[of], second[of], color=CLASS_COLOUR[label], marker=marker, s=24 if of.sum() < 2000 else 4,
-                     alpha=0.65, edgecolors="white", linewidths=0.3, label=f"{CLASS_NAME[label]} (n = {of.sum():,})")  # fmt: skip
+                     alpha=0.65, edgecolors="white", linewidths=0.3,
+                     label=f"{CLASS_NAME[label]} (n = {of.sum():,})")  # fmt: skip
     axis.axvline(threshold, color=BLACK, linestyle="--", linewidth=1)
     axis.axhline(threshold, color=BLACK, linestyle="--", linewidth=1)
-    for x, y, text, side in ((0.98, 0.02, f"only {names[0]} accepts", "right"), (0.02, 0.98, f"only {names[1]} accepts", "left")):
-        axis.annotate(text, (x, y), xycoords="axes fraction", ha=side, va="bottom" if y < 0.5 else "top", fontsize="small", color="0.3")
+    for x, y, text, side in (
+        (0.98, 0.02, f"only {names[0]} accepts", "right"),
+        (0.02, 0.98, f"only {names[1]} accepts", "left"),
+    ):
+        axis.annotate(
+            text,
+            (x, y),
+            xycoords="axes fraction",
+            ha=side,
+            va="bottom" if y < 0.5 else "top",
+            fontsize="small",
+            color="0.3",
+        )
     axis.set(xlabel=f"log-likelihood ratio, {names[0]}", ylabel=f"log-likelihood ratio, {names[1]}")
     axis.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(0, -0.13), ncols=2)
     return figure
@@ -279,7 +312,9 @@ def det_with_points(
 
     figure = det_curves(systems, title=title)
     axis = figure.axes[0]
-    for (name, (p_fa, p_miss)), marker, colour in zip(points.items(), "X*Pv", (ORANGE, GREEN, PURPLE, BLACK), strict=False):
+    for (name, (p_fa, p_miss)), marker, colour in zip(
+        points.items(), "X*Pv", (ORANGE, GREEN, PURPLE, BLACK), strict=False
+    ):
         at = norm.ppf(np.clip((p_fa, p_miss), DET_TICKS[0], DET_TICKS[-1]))
         label = f"{name}: {100 * p_miss:.1f} % rejected, {100 * p_fa:.1f} % accepted"
         axis.plot(*at, marker, color=colour, markersize=11, markeredgecolor=BLACK, linestyle="", label=label)

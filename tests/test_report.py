@@ -1,0 +1,132 @@
+"""The tables say what the evaluation found, and the page holds all of it without needing anything else."""
+
+import base64
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from deepfake_utils import analysis, evaluate, report
+from deepfake_utils.calibration import PRESETS, fit_calibration, operating_point
+
+
+@pytest.fixture(scope="module")
+def case():
+    """300 trials of 10 speakers: attack A2 is hard, one attack's name would break a careless page."""
+    rng = np.random.default_rng(0)
+    keys = pd.DataFrame({"utterance": [f"u{i}" for i in range(300)], "label": np.repeat([1, 0, 0], 100)})
+    keys["attack"] = np.repeat(["-", "<A1>", "A2"], 100)
+    keys["speaker"] = [f"s{i % 10}" for i in range(300)]
+    keys["codec"] = np.where(np.arange(300) % 2, "alaw", "none")
+    score = rng.normal(np.repeat([2.0, -2.0, 1.0], 100))
+    return keys[["utterance"]].assign(score=score), keys
+
+
+@pytest.fixture(scope="module")
+def result(case):
+    return evaluate(*case, by=["codec"], n_bootstrap=50, attack_intervals=True)
+
+
+class Page(HTMLParser):
+    """Everything a page loads or links, its visible words, and whether its tags close."""
+
+    void = {"meta", "img", "br"}
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.links, self.words = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.links += [value for name, value in attrs if name in ("src", "href")]
+        if tag not in self.void:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def read_page(path) -> Page:
+    page = Page()
+    page.feed(path.read_text(encoding="utf-8"))
+    assert page.open == []
+    return page
+
+
+def test_attack_table_is_sorted_and_its_shares_are_whole(result):
+    table = report.attack_table(result)
+    assert table["attack"].tolist() == ["A2", "<A1>", "bona fide"]
+    assert table["share of all errors %"].astype(float).sum() == pytest.approx(100, abs=0.2)
+    assert table["EER %"][0] == f"{100 * result['per_attack']['A2']['eer']:.2f}"
+    assert re.fullmatch(r"[\d.]+ to [\d.]+", table["interval"][0])
+
+
+def test_headlines_leave_out_what_could_not_be_computed(result):
+    table = report.headline_table(result).set_index("figure")
+    assert "min t-DCF, 2019" not in table.index
+    assert table.loc["EER", "value"] == f"{100 * result['eer']:.2f}"
+    assert float(table.loc["EER", "interval"].split()[0]) <= float(table.loc["EER", "value"])
+
+
+def test_breakdown_and_threshold_tables_carry_their_numbers(case, result):
+    table = report.breakdown_table(result, "codec").set_index("codec")
+    assert table.loc["alaw", "EER %"] == f"{100 * result['by']['codec']['alaw']['eer']:.2f}"
+    scores, keys = case
+    llrs = fit_calibration(scores["score"], keys["label"]).llr(scores["score"])
+    points = {use: operating_point(llrs, keys["label"], use, n_bootstrap=20) for use in PRESETS}
+    uses = report.threshold_table(points).set_index("use")
+    assert set(uses.index) == set(PRESETS)
+    assert uses.loc["forensic triage", "LLR threshold"] == "3.00"
+    assert (uses["cost"].astype(float) >= uses["least possible"].astype(float)).all()
+
+
+def test_comparison_table_names_its_reference(case):
+    scores, keys = case
+    systems = {"one": scores["score"].to_numpy(), "two": -scores["score"].to_numpy()}
+    compared = analysis.compare(systems, keys["label"], keys["speaker"], n_bootstrap=20)
+    table = report.comparison_table(compared)
+    assert table["difference (points)"][0] == "reference" and table["difference (points)"][1].startswith("+")
+    assert table["95 % interval, paired"][1].endswith("by speaker")
+
+
+def test_the_page_needs_nothing_but_itself(case, result, tmp_path):
+    path = report.write_html(tmp_path / "report.html", result, *case, title="A & B", notice="only a demo")
+    page = read_page(path)
+    assert page.links and all(link.startswith("data:image/png;base64,") for link in page.links)
+    assert all(base64.b64decode(link.split(",")[1]).startswith(b"\x89PNG") for link in page.links)
+    words = " ".join(page.words)
+    for said in ("A & B", "only a demo", "<A1>", "alaw", f"{100 * result['eer']:.2f}", "10 speakers", "by speaker"):
+        assert said in words
+    assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_the_page_of_one_phase_takes_the_whole_score_file(case, tmp_path):
+    scores, keys = case
+    keys = keys.assign(phase=np.where(np.arange(300) % 3, "eval", "progress"))
+    result = evaluate(scores, keys, phase="eval", n_bootstrap=0)
+    page = read_page(report.write_html(tmp_path / "r.html", result, scores, keys))
+    assert f"{result['n_bonafide']} bona fide and {result['n_spoof']} spoofed trials" in " ".join(page.words)
+
+
+def test_a_long_breakdown_is_cut_with_a_word_about_it(case, tmp_path):
+    scores, keys = case
+    result = evaluate(scores, keys.assign(session=np.arange(300) // 3), by="session", n_bootstrap=0)
+    words = " ".join(read_page(report.write_html(tmp_path / "r.html", result, scores, keys)).words)
+    assert "40 more rows are not shown" in words
+
+
+def test_the_real_evaluation_with_its_tandem_curve(reference_data, tmp_path):
+    published = reference_data / "published_scores"
+    (asv,) = (reference_data / "asvspoof2019_subset").rglob("*asv.eval.gi.trl.scores.txt")
+    from deepfake_utils.scorefile import read_keys, read_scores
+
+    scores = read_scores(published / "rawgat_st_mul.LA.eval.txt")
+    protocol = read_keys(published / "ASVspoof2019.LA.cm.eval.trl.txt")
+    result = evaluate(scores, protocol, asv, n_bootstrap=0)
+    page = read_page(report.write_html(tmp_path / "r.html", result, scores, protocol, asv))
+    words = " ".join(page.words)
+    assert "1.06" in words and "0.0335" in words and "Tandem cost" in words and len(page.links) == 4
