@@ -48,7 +48,8 @@ install:
 		exit 2; \
 	fi; \
 	set -e; \
-	$(BIN) -m pip --version >/dev/null 2>&1 || "$$found" -m venv --clear $(VENV); \
+	{ $(BIN) -c "$$fits" && $(BIN) -m pip --version; } >/dev/null 2>&1 || "$$found" -m venv --clear $(VENV); \
 	echo "Installing requirements.txt into $(VENV) with $$("$$found" --version) (once; about 5 GB, a few minutes)"; \
-	$(BIN) -m pip install --quiet --disable-pip-version-check --progress-bar off -r requirements.txt; \
+	[ -t 1 ] || quiet=--quiet; \
+	$(BIN) -m pip install $$quiet --disable-pip-version-check -r requirements.txt; \
 	cp requirements.txt $(VENV)/requirements.txt
