@@ -29,6 +29,14 @@ TILE_ROWS = 24 * tiling.TILE_FRAMES
 SELU_ALPHA, SELU_SCALE = 1.6732632423543772, 1.0507009873554805  # arXiv 1706.02515, equation 14
 
 
+def selu_(x: Tensor) -> Tensor:
+    """F.selu in place: on a CPU F.selu spends most of its time in expm1, and exp is six times faster."""
+    if not x.is_cpu:
+        return F.selu(x, inplace=True)
+    below = x.clamp(max=0).exp_().sub_(1)
+    return x.clamp_(min=0).add_(below, alpha=SELU_ALPHA).mul_(SELU_SCALE)
+
+
 def selu_backward(grad: Tensor, result: Tensor) -> Tensor:
     """The gradient of SELU's argument from that of its result."""
     return torch.ops.aten.elu_backward(grad, SELU_ALPHA, SELU_SCALE, 1, True, result)
@@ -53,7 +61,7 @@ class NormSELU(torch.autograd.Function):
         shift = bias - mean * scale
         out = torch.empty_like(rows)
         for block, out_block in zip(blocks, out.split(TILE_ROWS), strict=True):
-            out_block.copy_(F.selu(torch.addcmul(shift, block.to(dtype), scale), inplace=True))
+            out_block.copy_(selu_(torch.addcmul(shift, block.to(dtype), scale)))
         out = out.view(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2)
         ctx.save_for_backward(x, out, weight, mean, (var + eps).rsqrt())
         ctx.mark_non_differentiable(mean, var)
@@ -141,7 +149,7 @@ class ResidualBlock(nn.Module):
         if any(tile.padding):
             part = F.pad(part, tile.padding)
         hidden = F.conv2d(part, weight, bias, padding=(1, 0))
-        hidden = F.selu(tile.clear_outside(hidden), inplace=True)
+        hidden = selu_(tile.clear_outside(hidden))
         out = F.conv2d(hidden, self.conv2.weight, self.conv2.bias)
         if isinstance(self.shortcut, nn.Identity):
             return largest_of_three(out.add_(part[..., 2:-2]))
@@ -172,26 +180,30 @@ class FirstBlockTiles(torch.autograd.Function):
         """SELU of conv1, (B, channels, bands + 1, frames)."""
         hidden = torch.addmm(bias, patches.flatten(1).T, weight.flatten(1).T)
         hidden = hidden.view(*patches.shape[1:], -1).permute(0, 3, 1, 2)
-        return F.selu(tile.clear_outside(hidden), inplace=True)
+        return selu_(tile.clear_outside(hidden))
 
     @staticmethod
-    def add_shortcut(out: Tensor, patches: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """Add the shortcut's convolution: a patch's lower row is the row that its output row adds."""
+    def output(patches, hidden, weight2, bias2, shortcut_weight, shortcut_bias) -> Tensor:
+        """conv2 plus the shortcut, before pooling: a patch's lower row is the row that its output row adds."""
+        out = F.conv2d(hidden, weight2, bias2 + shortcut_bias).permute(0, 2, 3, 1).contiguous()
         rows = patches[3:, :, :-1, 1:-1].flatten(1).T
-        return out.add_(torch.addmm(bias, rows, weight.flatten(1).T).view(_rows(out).shape).permute(0, 3, 1, 2))
+        out.view(-1, out.shape[3]).addmm_(rows, shortcut_weight.flatten(1).T)
+        return out.permute(0, 3, 1, 2)
 
     @staticmethod
-    def run(part, tile, weight, bias, weight2, bias2, shortcut_weight, shortcut_bias):
+    def run(part, tile, weight, bias, *rest) -> Tensor:
+        """The tile's output."""
         patches = FirstBlockTiles.patches(part, tile)
-        out = F.conv2d(FirstBlockTiles.hidden(patches, tile, weight, bias), weight2, bias2)
-        return largest_of_three(FirstBlockTiles.add_shortcut(out, patches, shortcut_weight, shortcut_bias))
+        hidden = FirstBlockTiles.hidden(patches, tile, weight, bias)
+        return largest_of_three(FirstBlockTiles.output(patches, hidden, *rest))
 
     @staticmethod
-    def run_backward(part, tile, grad, weight, bias, weight2, bias2, shortcut_weight, shortcut_bias):
+    def run_backward(part, tile, grad, weight, bias, *rest) -> tuple[Tensor, ...]:
         """Gradients of the part and of every parameter, from that of the tile's output."""
         patches = FirstBlockTiles.patches(part, tile)
         hidden = FirstBlockTiles.hidden(patches, tile, weight, bias)
-        out = FirstBlockTiles.add_shortcut(F.conv2d(hidden, weight2, bias2), patches, shortcut_weight, shortcut_bias)
+        out = FirstBlockTiles.output(patches, hidden, *rest)
+        weight2, bias2, shortcut_weight, _ = rest
 
         _, index = F.max_pool2d(out, (1, 3), return_indices=True)
         grad = grad.contiguous(memory_format=torch.channels_last)
