@@ -15,6 +15,7 @@ from scipy.stats import binomtest, spearmanr
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from tqdm.auto import tqdm
 
 from deepfake_utils import intervals, metrics
 from deepfake_utils.audio import from_int16
@@ -120,7 +121,8 @@ def _bandwidth_hz(waveform: np.ndarray) -> float:
 
 def measure(source) -> pd.DataFrame:
     """Return recording_numbers of every clip of a source, one row each, with the column utterance."""
-    rows = [recording_numbers(source.clip(i)) for i in range(len(source))]
+    clips = tqdm(range(len(source)), desc="measuring", unit="utt", delay=1.0, leave=False)
+    rows = [recording_numbers(source.clip(i)) for i in clips]
     table = pd.DataFrame(rows)
     table.insert(0, "utterance", np.asarray(source.utterances, dtype=str))
     return table
@@ -289,7 +291,7 @@ def agreement(first: ArrayLike, second: ArrayLike, labels: ArrayLike, threshold:
             "both_wrong": int((~right_a & ~right_b).sum()),
             "rank_correlation": float(spearmanr(a, b).statistic) if varied else np.nan,
         }
-    return pd.DataFrame(rows).T
+    return pd.DataFrame.from_dict(rows, orient="index")
 
 
 def fuse(

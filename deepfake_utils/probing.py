@@ -33,8 +33,8 @@ def window_scores(
     Args:
         model: a countermeasure in evaluation mode.
         waveform: samples (n,) at 16 kHz; the part up to n_samples is looked at, as in scoring.
-        window_s, hop_s: length of a stretch and distance of their starts, seconds; one shorter stretch is kept
-            where the clip is shorter than that.
+        window_s, hop_s: length of a stretch and largest distance of their starts, seconds; a clip shorter than
+            window_s is one stretch.
         n_samples: evaluated length; stretches are repeated end to end up to it, as short clips are.
 
     Returns:
@@ -43,7 +43,7 @@ def window_scores(
     waveform = np.asarray(waveform[:n_samples], dtype=np.float32)
     size, hop = int(window_s * SAMPLE_RATE_HZ), int(hop_s * SAMPLE_RATE_HZ)
     last = max(len(waveform) - size, 0)
-    starts = np.unique(np.append(np.arange(0, last, hop), last))  # the last stretch ends with the clip
+    starts = np.linspace(0, last, -(-last // hop) + 1).astype(int)  # the last stretch ends with the clip
     stretches = np.stack([fit_length(waveform[start : start + size], n_samples) for start in starts])
     device = next(model.parameters()).device
     with torch.no_grad():

@@ -50,11 +50,13 @@ def percent(fraction: float | None, digits: int = 2) -> str:
 
 
 def percent_interval(bounds: list[float] | None) -> str:
-    """Bounds in percent, or a dash.
+    """Bounds in percent, or a dash. Without any error there is none to resample: 0 to 0 would promise too much.
 
-    >>> percent_interval([0.01, 0.025])
-    '1.00 to 2.50'
+    >>> percent_interval([0.01, 0.025]), percent_interval([0.0, 0.0])
+    ('1.00 to 2.50', 'no error seen')
     """
+    if bounds is not None and bounds[0] == bounds[1] == 0:
+        return "no error seen"
     return "-" if bounds is None else f"{100 * bounds[0]:.2f} to {100 * bounds[1]:.2f}"
 
 
@@ -69,6 +71,8 @@ def headline_table(result: dict) -> pd.DataFrame:
         if result.get(name) is not None:
             bounds = result.get(f"{name}_ci")
             interval = f"{factor * bounds[0]:.{digits}f} to {factor * bounds[1]:.{digits}f}" if bounds else "-"
+            if bounds and result["eer"] == 0 and bounds[0] == bounds[1]:
+                interval = "no error seen"  # there is none to resample: an interval would promise too much
             rows.append((title, f"{factor * result[name]:.{digits}f}", interval, meaning))
     return pd.DataFrame(rows, columns=["figure", "value", "interval", "meaning"])
 
@@ -98,12 +102,34 @@ def attack_table(result: dict) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def breakdown_table(result: dict, column: str) -> pd.DataFrame:
+def attack_rows(result: dict) -> pd.DataFrame:
+    """What `plots.attack_bars` draws: attack, eer, n, and low and high where there is an interval.
+
+    Args:
+        result: what `evaluation.evaluate` returned.
+    """
+    rows = [
+        {
+            "attack": attack,
+            "eer": row["eer"],
+            "n": row["n"],
+            **dict(zip(("low", "high"), row["eer_ci"] or (), strict=False)),
+        }
+        for attack, row in result["per_attack"].items()
+    ]
+    return pd.DataFrame(rows)
+
+
+def breakdown_table(result: dict, column: str, *, worst: int | None = None) -> pd.DataFrame:
     """One row for each value of a column: trials of both classes, EER with interval, against what, error rates.
 
     Args:
         result: what `evaluation.evaluate(..., by=column)` returned.
+        worst: only so many values, those with the highest EER first; None: all, as they come.
     """
+    groups = list(result["by"][column].items())
+    if worst is not None:
+        groups = sorted(groups, key=lambda item: -item[1]["eer"])[:worst]
     rows = [
         {
             column: value,
@@ -115,7 +141,7 @@ def breakdown_table(result: dict, column: str) -> pd.DataFrame:
             "bona fide rejected %": percent(row["p_miss"]),
             "spoof accepted %": percent(row["p_fa"]),
         }
-        for value, row in result["by"][column].items()
+        for value, row in groups
     ]
     return pd.DataFrame(rows)
 
@@ -196,7 +222,11 @@ def write_html(
     parts.append(_section("Scores and trade-off", _picture(histogram, "score histogram") + _picture(det, "DET curve")))
     if result["per_attack"]:
         parts.append(
-            _section("Attacks", _picture(_attack_figure(result), "EER by attack"), _table(attack_table(result)))
+            _section(
+                "Attacks",
+                _picture(plots.attack_bars(attack_rows(result), overall=result["eer"]), "EER by attack"),
+                _table(attack_table(result)),
+            )
         )
     for column in result["by"]:
         parts.append(_section(f"By {column}", _table(breakdown_table(result, column))))
@@ -214,19 +244,6 @@ def _trials(result: dict, scores: Scores | pd.DataFrame, protocol: pd.DataFrame)
         protocol = protocol[protocol["phase"] == result["phase"]]
         frame = frame[frame["utterance"].isin(protocol["utterance"])]
     return join_scores(protocol, frame)
-
-
-def _attack_figure(result: dict) -> Figure:
-    rows = [
-        {
-            "attack": attack,
-            "eer": row["eer"],
-            "n": row["n"],
-            **dict(zip(("low", "high"), row["eer_ci"] or (), strict=False)),
-        }
-        for attack, row in result["per_attack"].items()
-    ]
-    return plots.attack_bars(pd.DataFrame(rows), overall=result["eer"])
 
 
 def _tandem_figure(score, label, asv_scores, result: dict) -> Figure:

@@ -17,14 +17,14 @@
 # %% [markdown]
 # # Where does it fail, and can I trust the number?
 #
-# An equal error rate is one number. Before anybody acts on it, four questions need an answer: how sure is it, who and
-# what makes the errors, did the detector listen to speech at all, and what happens when somebody has to decide.
+# An equal error rate is one number. Before anybody acts on it, four questions need an answer: how sure is it, who
+# and what makes the errors, did the detector listen to speech at all, and what happens when somebody has to decide.
 #
-# **What you'll do**: take the scores that notebook 02 left (or published weights, or a score file), and question them
-# from the whole down to single clips.
+# **What you'll do**: take the scores that notebook 02 left (or published weights, or a score file), and question
+# them from the whole down to single clips.
 #
-# **What you'll learn**: to tell an error rate from a promise. Every threshold, direction and fit below is made on `dev`
-# and judged on `eval`; nothing is tuned on the trials that it is judged on.
+# **What you'll learn**: to tell an error rate from a promise. Every threshold, direction and fit below is made on
+# `dev` and judged on `eval`; nothing is tuned on the trials that it is judged on.
 #
 # **What you'll need**: a finished run of notebook 02, or weights. On two CPU cores it takes a minute for the demo.
 
@@ -67,11 +67,12 @@ n_bootstrap: int = 1000  # bootstrap replicates of each interval
 # ## What is analysed
 
 # %%
+import numpy as np
 import pandas as pd
 from IPython.display import HTML, Audio, Markdown, display
 
 from deepfake_utils import analysis, audio, plots, probing, report
-from deepfake_utils.conventions import SAMPLE_RATE_HZ, CheckpointError, CorpusError, atomic_write
+from deepfake_utils.conventions import SAMPLE_RATE_HZ, CheckpointError, CorpusError, ScoreError, atomic_write
 from deepfake_utils.corpora import DEMO_NOTICE, build_demo, find_corpora
 
 run_folder = Path(run_dir or "runs/latest").resolve()
@@ -109,11 +110,10 @@ from deepfake_utils.conventions import CROP_SAMPLES
 from deepfake_utils.scorefile import join_scores, read_scores, write_scores
 from deepfake_utils.scoring import SCORE_KIND
 
-places = [Path(train_dir)] if train_dir else [run_folder / "02_train"]
-places += [place for depth in range(1, 7) for place in sorted(attached.glob("*/" * depth + "02_train"))]
-trained = next((place for place in places if (place / "eval_scores.csv").is_file()), None)
-if weights or scores or (train_dir and trained != Path(train_dir)):
-    trained = None
+mounted = (place for depth in range(1, 7) for place in sorted(attached.glob("*/" * depth + "02_train")))
+places = [Path(train_dir)] if train_dir else [run_folder / "02_train", *mounted]
+finished = [place for place in places if (place / "result.json").is_file()]
+trained = finished[0] if finished and not (weights or scores) else None
 if not (weights or scores or trained):
     looked = ", ".join(map(str, places))
     raise CheckpointError(f"No scores to analyse in {looked}: run notebook 02 into the same run_dir, name its 02_train "
@@ -137,7 +137,10 @@ def scored_trials(split):
     """The trials of a split that have a score; without a score file they are scored here."""
     protocol, file = corpus.protocol(split), score_file_of(split)
     part = analysis.scored_part(protocol, read_scores(file).frame) if file else protocol.head(0)
+    if part.empty and detector is None:
+        raise ScoreError(f"{file} has no trial of {corpus.name} {split}: give weights, or a file with dev and eval")
     if part.empty:
+        file = ""
         part = analysis.proportional_subset(protocol, n_scored or len(protocol), seed)
         part = join_scores(part, score_protocol(detector, part, progress=split)[["utterance", "score"]])
         write_scores(results / f"{split}_scores.csv", part[["utterance", "score"]], {"score": SCORE_KIND})
@@ -146,6 +149,8 @@ def scored_trials(split):
 
 
 # %%
+from tqdm.auto import tqdm
+
 evaluation = scored_trials("eval")
 if "dev" in corpus.splits:
     dev = scored_trials("dev")
@@ -154,14 +159,19 @@ else:
     print(f"This corpus has no dev split: {len(dev):,} trials of half of the speakers stand in for it.")
 seen = set(corpus.protocol("train")["attack"]) if "train" in corpus.splits else set()
 speakers = analysis.speakers_of(evaluation)
-evaluation["duration_s"] = [audio.audio_info(path).duration_s for path in evaluation["path"]]
+paths = tqdm(evaluation["path"], desc="lengths", unit="utt", delay=1, leave=False)
+evaluation["duration_s"] = [audio.audio_info(path).duration_s for path in paths]
+names = ["0 to 1 s", "1 to 2 s", "2 to 3 s", "3 to 4.04 s", "over 4.04 s, cut"]
+length = pd.cut(evaluation["duration_s"], [0, 1, 2, 3, CROP_SAMPLES / SAMPLE_RATE_HZ, np.inf], labels=names)
+evaluation["length"] = length.astype(str)
 
 # %% [markdown]
 # ## How sure is the number?
 #
-# The trials of one speaker rise and fall together, so the interval resamples **speakers**, not trials: it answers "what
-# if the corpus had been recorded with other people". Read the interval before the number. A few dozen trials give an
-# interval tens of percent wide, and no error at all among *n* trials still allows a true rate up to about 3/*n*.
+# The trials of one speaker rise and fall together, so the interval resamples **speakers**, not trials: it answers
+# "what if the corpus had been recorded with other people". Read the interval before the number. A few dozen trials
+# give an interval tens of percent wide, and no error at all among *n* trials still allows a true rate up to about
+# 3/*n*.
 #
 # The threshold is the one at which errors are equal on `dev`. Accuracy and the tables further down are at that
 # threshold: it could have been chosen before eval was seen.
@@ -171,7 +181,7 @@ from deepfake_utils import evaluate
 from deepfake_utils import metrics as measures
 
 threshold = measures.compute_eer(dev["score"], dev["label"]).threshold
-columns = ["speaker", "duration_s", *({"codec", "transmission", "phase"} & set(evaluation.columns))]
+columns = ["speaker", "length", *sorted({"codec", "transmission", "phase"} & set(evaluation.columns))]
 result = evaluate(
     evaluation[["utterance", "score"]], evaluation.drop(columns="score"), corpus.asv_scores("eval"),
     by=columns, threshold=threshold, n_bootstrap=n_bootstrap, seed=seed, attack_intervals=True,
@@ -179,15 +189,15 @@ result = evaluate(
 tabulate(report.headline_table(result))
 unit = result["bootstrap_unit"]
 print(f"{result['n_bonafide']:,} bona fide and {result['n_spoof']:,} spoofed trials, {result['n_speakers']} speakers; "
-      f"intervals: 95 %, resampled by {unit}. With 0 errors among the bona fide trials, a true rate of up to "
-      f"{300 / result['n_bonafide']:.1f} % would not be surprising.")  # fmt: skip
+      f"intervals: 95 %, resampled by {unit}. Not one error among so many bona fide trials would still allow a "
+      f"true rate of {min(100, 300 / result['n_bonafide']):.1f} %.")  # fmt: skip
 
 # %% [markdown]
 # ## Scores, and what they are worth as probabilities
 #
-# A raw score orders recordings; it does not say how probable anything is. **Calibration** learns on dev a straight line
-# from the score to the log-likelihood ratio (LLR): 0 says nothing, +2.3 says ten times likelier if the speech is bona
-# fide. On the calibrated scale a threshold follows from prior and costs alone.
+# A raw score orders recordings; it does not say how probable anything is. **Calibration** learns on dev a straight
+# line from the score to the log-likelihood ratio (LLR): 0 says nothing, +2.3 says ten times likelier if the speech
+# is bona fide. On the calibrated scale a threshold follows from prior and costs alone.
 
 # %%
 from deepfake_utils.calibration import PRESETS, fit_calibration, operating_point, reliability
@@ -212,9 +222,9 @@ show(plots.det_with_points(systems, at_dev_threshold), "det")
 
 # %% [markdown]
 # A likelihood ratio makes a promise: of all recordings called 80 % bona fide, 80 % should be. The picture holds the
-# promise against what was found; the table prices it. **Cllr** is what the scores cost in bits when they are taken at
-# their word (1: no information, more than 1: worse than silence), **min Cllr** what they would cost if calibrated perfectly.
-# The difference between the two is bad calibration, and is avoidable.
+# promise against what was found; the table prices it. **Cllr** is what the scores cost in bits when they are taken
+# at their word (1: no information, more than 1: worse than silence), **min Cllr** what they would cost if
+# calibrated perfectly. The difference between the two is bad calibration, and is avoidable.
 
 # %%
 n_bins = int(min(15, max(4, len(labels) / 20)))  # few trials, few bins
@@ -230,9 +240,9 @@ tabulate(pd.DataFrame([
 # ## Which threshold?
 #
 # The EER threshold suits nobody in particular. A use states how common spoofs are and what each error costs; the
-# threshold follows, and these are the errors that such a user meets on eval. `cost` is relative to the better of the
-# two blind decisions (accept all, reject all): **above 1 the detector is worse than not listening**. Where `cost` is
-# far above `least possible`, the calibration does not carry over from dev to eval.
+# threshold follows, and these are the errors that such a user meets on eval. `cost` is relative to the better of
+# the two blind decisions (accept all, reject all): **above 1 the detector is worse than not listening**. Where
+# `cost` is far above `least possible`, the calibration does not carry over from dev to eval.
 
 # %%
 points = {
@@ -245,9 +255,9 @@ display(Markdown("\n".join(f"- *{use}*: {preset.reasoning}" for use, preset in P
 # %% [markdown]
 # ## In tandem with speaker verification
 #
-# A countermeasure guards a speaker verification system, and some spoofs that it lets through fail there. The t-DCF counts
-# the two together. The curve says how much room there is around the best threshold, and the vertical line what the
-# threshold from dev pays.
+# A countermeasure guards a speaker verification system, and some spoofs that it lets through fail there. The t-DCF
+# counts the two together. The curve says how much room there is around the best threshold, and the vertical line
+# what the threshold from dev pays.
 
 # %%
 from deepfake_utils.scorefile import read_asv_scores
@@ -265,21 +275,18 @@ else:
 # %% [markdown]
 # ## Who makes the errors?
 #
-# **Attacks.** The pooled EER hides its parts: each attack against *all* bona fide trials, and its share of the errors at
-# dev's threshold. An attack with few trials has a wide interval, and a bar without an interval has too few speakers for one.
+# **Attacks.** The pooled EER hides its parts: each attack against *all* bona fide trials, and its share of the
+# errors at dev's threshold. An attack with few trials has a wide interval, and a bar without an interval has too
+# few speakers for one.
 
 # %%
 tabulate(report.attack_table(result))
-rows = [
-    {"attack": attack, "eer": row["eer"], "n": row["n"], **dict(zip(("low", "high"), row["eer_ci"] or ()))}
-    for attack, row in result["per_attack"].items()
-]
-show(plots.attack_bars(pd.DataFrame(rows), overall=result["eer"], seen=sorted(seen)), "attacks")
+show(plots.attack_bars(report.attack_rows(result), overall=result["eer"], seen=sorted(seen)), "attacks")
 
 # %% [markdown]
-# **Speakers.** A rejected bona fide trial is a real person called a machine. If the rejections sit with a few speakers,
-# more data of the same kind will not help, and those people will be rejected every time. The whiskers are Wilson's 95 %
-# intervals for that many trials.
+# **Speakers.** A rejected bona fide trial is a real person called a machine. If the rejections sit with a few
+# speakers, more data of the same kind will not help, and those people will be rejected every time. The whiskers are
+# Wilson's 95 % intervals for that many trials.
 
 # %%
 rejected = analysis.rejections(result["by"]["speaker"])
@@ -287,11 +294,13 @@ if rejected["n_rejected"].any():
     show(plots.rejections_by_speaker(rejected), "rejections")
 else:
     print(f"None of {rejected['n_bonafide'].sum()} bona fide trials of {len(rejected)} speakers is rejected.")
-tabulate(report.breakdown_table(result, "speaker").head(20))
+print(f"The hardest of {len(result['by']['speaker'])} speakers:")
+tabulate(report.breakdown_table(result, "speaker", worst=15))
 
 # %% [markdown]
-# **Length, and the channel where it is known.** Clips are evaluated on their first 4.04 s, shorter ones repeated. If short
-# clips fail more often, it is evidence that is missing; if long ones do, look at what fills the first seconds.
+# **Length, and the channel where it is known.** Clips are evaluated on their first 4.04 s, shorter ones repeated.
+# If short clips fail more often, it is evidence that is missing; if long ones do, look at what fills the first
+# seconds.
 
 # %%
 for column in columns[1:]:
@@ -300,9 +309,9 @@ for column in columns[1:]:
 # %% [markdown]
 # ## The generalisation gap, laid out
 #
-# One threshold, brought from dev to eval: the mean of both error rates goes from the grey bar to the dark one. The steps
-# between are exact and add up: what bona fide trials of new speakers add, and what each attack adds, weighted by its share
-# of trials. Falling steps (hatched) are attacks that are easier than dev's.
+# One threshold, brought from dev to eval: the mean of both error rates goes from the grey bar to the dark one. The
+# steps between are exact and add up: what bona fide trials of new speakers add, and what each attack adds, weighted
+# by its share of trials. Falling steps (hatched) are attacks that are easier than dev's.
 
 # %%
 gap = analysis.gap_parts(dev, evaluation, threshold)
@@ -320,15 +329,16 @@ display(Markdown(f"""| | points of error |
 # %% [markdown]
 # ## Did it listen to speech?
 #
-# In several corpora the label can be guessed without listening: from the silence before the first word, the level, the
-# length or the bandwidth. (In ASVspoof 2019 the leading silence alone reaches 15 %.) Each bar is the EER of one
-# such number, its direction learned on dev. Near 50 % is good news. A low bar is a warning about *every* result on this
-# corpus, this one included.
+# In several corpora the label can be guessed without listening: from the silence before the first word, the level,
+# the length or the bandwidth. (In ASVspoof 2019 the leading silence alone reaches 15 %.) Each bar is the EER of one
+# such number, its direction learned on dev. Near 50 % is good news. A low bar is a warning about *every* result on
+# this corpus, this one included.
 
 # %%
 from deepfake_utils.waveforms import open_source
 
-measured = {name: analysis.balanced_subset(part, n_measured, seed) for name, part in (("dev", dev), ("eval", evaluation))}
+splits = {"dev": dev, "eval": evaluation}
+measured = {name: analysis.balanced_subset(part, n_measured, seed) for name, part in splits.items()}
 numbers = {name: analysis.measure(open_source(part)) for name, part in measured.items()}
 shortcuts = analysis.shortcut_errors(
     numbers["dev"], measured["dev"]["label"], numbers["eval"], measured["eval"]["label"],
@@ -339,8 +349,8 @@ tabulate(shortcuts.assign(eer=100 * shortcuts["eer"], low=100 * shortcuts["low"]
          .rename(columns={"eer": "EER %", "low": "from", "high": "to"}))  # fmt: skip
 
 # %% [markdown]
-# The detector itself is asked the same question: score clips again with the silence at both ends cut off. A detector
-# that listens to speech should hardly notice. (A published one went from 3.6 to 15.5 %.)
+# The detector itself is asked the same question: score clips again with the silence at both ends cut off. A
+# detector that listens to speech should hardly notice. (A published one went from 3.6 to 15.5 %.)
 
 # %%
 from deepfake_utils.runtime import pick_device
@@ -368,9 +378,9 @@ if detector is not None:
 # %% [markdown]
 # ## How the detector sees the clips
 #
-# The last layer before the decision holds a vector for each clip. In two dimensions: do bona fide clips form one group,
-# which attacks lie in it, and do attacks from training lie apart from the new ones? PCA keeps distances and loses detail;
-# t-SNE keeps neighbours, and its distances between groups mean nothing.
+# The last layer before the decision holds a vector for each clip. In two dimensions: do bona fide clips form one
+# group, which attacks lie in it, and do attacks from training lie apart from the new ones? PCA keeps distances and
+# loses detail; t-SNE keeps neighbours, and its distances between groups mean nothing.
 
 # %%
 from deepfake_utils.scoring import compute_outputs
@@ -383,13 +393,15 @@ if detector is not None:
 # %% [markdown]
 # ## The hardest clips
 #
-# The spoofs that scored highest and the bona fide clips that scored lowest: here a detector is at its most wrong, or, if
-# it makes no such error, nearest to one. For each, from top to bottom: the waveform; its spectrogram; the score of
-# one-second stretches, each as if it were a recording of its own; and which parts of the time-frequency plane push the
-# score up (orange: towards spoof, purple: towards bona fide). Where the colours gather in silence, or in
-# one narrow band, the decision rests on something other than speech.
+# The spoofs that scored highest and the bona fide clips that scored lowest: here a detector is at its most wrong,
+# or, if it makes no such error, nearest to one. For each, from top to bottom: the waveform; its spectrogram; the
+# score of one-second stretches, each as if it were a recording of its own; and which parts of the time-frequency
+# plane push the score down (orange, towards spoof) or up (purple, towards bona fide). Where the colours gather in
+# silence, or in one narrow band, the decision rests on something other than speech.
 #
-# The last picture is a gradient: it tells what a *small* change of a cell would do, nothing more.
+# Two cautions. A stretch is repeated up to the evaluated length, and a detector may hear the repetition itself, so
+# compare stretches with each other, not with the whole. And the last picture is a gradient: it tells what a *small*
+# change of a cell would do, nothing more.
 
 # %%
 hard = analysis.hardest(evaluation, threshold, n_hardest)
@@ -406,61 +418,59 @@ for row in hard.itertuples() if detector is not None else ():
 # %% [markdown]
 # ## A second opinion
 #
-# Two systems that fail on the same trials add nothing to each other; two that fail on different ones do. Without weights
-# of a second system, a quick one stands in: a logistic regression on the mean and spread of cepstral coefficients,
-# taught on `train`, which knows nothing of the order of sounds.
+# Two systems that fail on the same trials add nothing to each other; two that fail on different ones do. Without
+# weights of a second system, a quick one stands in: a logistic regression on the mean and spread of cepstral
+# coefficients, taught on `train`, which knows nothing of the order of sounds.
 
 # %%
-pairs = {name: analysis.balanced_subset(part, n_measured, seed) for name, part in (("dev", dev), ("eval", evaluation))}
 second_name, second = "", None
 if second_weights:
     second_name, other = Path(second_weights).stem, load_model(second_model or None, weights=second_weights)
-    second = {name: score_protocol(other, part)["score"].to_numpy() for name, part in pairs.items()}
+    second = {name: score_protocol(other, part)["score"].to_numpy() for name, part in measured.items()}
 elif "train" in corpus.splits:
     second_name, lesson = "LFCC statistics", analysis.balanced_subset(corpus.protocol("train"), n_measured, seed)
     baseline = probing.fit_cepstral_baseline(probing.cepstral_statistics(open_source(lesson)), lesson["label"])
     second = {
         name: baseline.decision_function(probing.cepstral_statistics(open_source(part)))
-        for name, part in pairs.items()
+        for name, part in measured.items()
     }
 else:
     print("Left out: no train split to teach a second system on, and no second_weights.")
 
 # %%
-import numpy as np
-
 comparison = None
 if second is not None:
-    both = {name: np.column_stack([part["score"], second[name]]) for name, part in pairs.items()}
-    pair_labels = {name: part["label"].to_numpy() for name, part in pairs.items()}
+    both = {name: np.column_stack([part["score"], second[name]]) for name, part in measured.items()}
+    pair_labels = {name: part["label"].to_numpy() for name, part in measured.items()}
     fused, fusion = analysis.fuse(both["dev"], pair_labels["dev"], both["eval"], fitted_on=corpus.name)
     second_llrs = fit_calibration(second["dev"], pair_labels["dev"]).llr(second["eval"])
     first_llrs = calibration.llr(both["eval"][:, 0])
-    figure = plots.agreement(first_llrs, second_llrs, pair_labels["eval"], names=("this one", second_name), threshold=0.0)
-    show(figure, "agreement")
-    tabulate(analysis.agreement(first_llrs, second_llrs, pair_labels["eval"], 0.0).reset_index(names="class"))
+    shared = (first_llrs, second_llrs, pair_labels["eval"])
+    show(plots.agreement(*shared, names=("this one", second_name), threshold=0.0), "agreement")
+    tabulate(analysis.agreement(*shared, 0.0).reset_index(names="class"))
 
 # %% [markdown]
-# The difference is paired: both systems see the same draws of speakers, so what makes a draw hard cancels. **Only where
-# the interval leaves out 0 is the difference more than chance.** `mean` averages the two calibrated LLRs; `logistic` weighs
-# them as dev suggests, which goes wrong when dev's attacks flatter one of the systems.
+# The difference is paired: both systems see the same draws of speakers, so what makes a draw hard cancels. **Only
+# where the interval leaves out 0 is the difference more than chance.** `mean` averages the two calibrated LLRs;
+# `logistic` weighs them as dev suggests, which goes wrong when dev's attacks flatter one of the systems.
 
 # %%
 if second is not None:
     systems = {"this one": both["eval"][:, 0], second_name: second["eval"]}
     systems |= {f"fusion, {name}": llr for name, llr in fused.items()}
     comparison = analysis.compare(
-        systems, pair_labels["eval"], analysis.speakers_of(pairs["eval"]), n_bootstrap=n_bootstrap, seed=seed
+        systems, pair_labels["eval"], analysis.speakers_of(measured["eval"]), n_bootstrap=n_bootstrap, seed=seed
     )
     tabulate(report.comparison_table(comparison))
-    print(f"{len(pairs['eval'])} eval trials; logistic weights {np.round(fusion.slopes, 3).tolist()} on the raw scores.")
+    print(f"{len(measured['eval'])} eval trials; logistic weights {np.round(fusion.slopes, 3)} on raw scores.")
 
 # %% [markdown]
 # ## What may be said
 #
-# Report the EER **with its interval**, the number of speakers, the trimmed-silence row, the worst attack, and the error
-# at dev's threshold, which is what a user meets. What the corpus does not hold (other languages, codecs,
-# generators made since) none of these numbers covers: a detector with 0.8 % on ASVspoof 2019 has 43 % on In-the-Wild.
+# Report the EER **with its interval**, the number of speakers, the trimmed-silence row, the worst attack, and the
+# error at dev's threshold, which is what a user meets. What the corpus does not hold (other languages, codecs,
+# generators made since) none of these numbers covers: a detector with 0.8 % on ASVspoof 2019 has 43 % on
+# In-the-Wild.
 
 # %%
 from deepfake_utils.runtime import describe_machine

@@ -14,6 +14,7 @@ from deepfake_utils.plots.basic import (
     BLACK,
     BLUE,
     CLASS_COLOUR,
+    DET_TICKS,
     GREEN,
     ORANGE,
     PALETTE,
@@ -21,6 +22,7 @@ from deepfake_utils.plots.basic import (
     SKY,
     VERMILION,
     YELLOW,
+    det_curves,
     draw_spectrogram,
     new_figure,
 )
@@ -306,16 +308,15 @@ def det_with_points(
 
     Args:
         systems: name -> (scores (n,), labels (n,)).
-        points: name -> (p_fa, p_miss), fractions.
+        points: name -> (p_fa, p_miss), fractions, of the last system.
     """
-    from deepfake_utils.plots.basic import DET_TICKS, det_curves
-
     figure = det_curves(systems, title=title)
-    axis = figure.axes[0]
+    axis, labels = figure.axes[0], np.asarray(list(systems.values())[-1][1])
+    lowest = np.maximum(0.5 / np.array([(labels == SPOOF).sum(), (labels == BONAFIDE).sum()]), DET_TICKS[0])
     for (name, (p_fa, p_miss)), marker, colour in zip(
         points.items(), "X*Pv", (ORANGE, GREEN, PURPLE, BLACK), strict=False
     ):
-        at = norm.ppf(np.clip((p_fa, p_miss), DET_TICKS[0], DET_TICKS[-1]))
+        at = norm.ppf(np.clip((p_fa, p_miss), lowest, DET_TICKS[-1]))
         label = f"{name}: {100 * p_miss:.1f} % rejected, {100 * p_fa:.1f} % accepted"
         axis.plot(*at, marker, color=colour, markersize=11, markeredgecolor=BLACK, linestyle="", label=label)
     axis.legend(frameon=False, fontsize="x-small", loc="upper left", bbox_to_anchor=(0, -0.12))
