@@ -234,8 +234,10 @@ display(Markdown(f"""| | dev (selected on) | eval |
 labels = evaluation["label"].to_numpy()
 values = scores["score"].to_numpy()
 show(plots.score_histogram(values, labels, threshold=metrics["eer_threshold"], title="eval scores"), "histogram")
-dev_scores = score_protocol(result.model, dev, progress="dev")["score"].to_numpy()
-show(plots.det_curves({"dev": (dev_scores, dev["label"].to_numpy()), "eval": (values, labels)}), "det")
+dev_scores = score_protocol(result.model, dev, progress="dev")  # the whole length, as eval; training may take less
+write_scores(results / "dev_scores.csv", dev_scores, {"score": SCORE_KIND, "split": "dev", "corpus": corpus.name})
+systems = {"dev": (dev_scores["score"].to_numpy(), dev["label"].to_numpy()), "eval": (values, labels)}
+show(plots.det_curves(systems), "det")
 
 # %%
 import pandas as pd

@@ -110,6 +110,13 @@ from deepfake_utils.conventions import CROP_SAMPLES
 from deepfake_utils.scorefile import join_scores, read_scores, write_scores
 from deepfake_utils.scoring import SCORE_KIND
 
+def find_in(folder, name):
+    """A file of a run of notebook 02; with several seeds, of the first."""
+    seeds = sorted(folder.glob(f"seed_*/{name}"), key=lambda path: int(path.parent.name[5:]))
+    return folder / name if (folder / name).is_file() or not seeds else seeds[0]
+
+
+# %%
 mounted = (place for depth in range(1, 7) for place in sorted(attached.glob("*/" * depth + "02_train")))
 places = [Path(train_dir)] if train_dir else [run_folder / "02_train", *mounted]
 finished = [place for place in places if (place / "result.json").is_file()]
@@ -118,7 +125,7 @@ if not (weights or scores or trained):
     looked = ", ".join(map(str, places))
     raise CheckpointError(f"No scores to analyse in {looked}: run notebook 02 into the same run_dir, name its 02_train "
                           "folder as train_dir, or give weights (and model), or a score file as scores.")  # fmt: skip
-weights_file = weights or (sorted(trained.rglob("best.safetensors"))[0] if trained else "")
+weights_file = weights or (find_in(trained, "best.safetensors") if trained else "")
 detector = load_model(model or None, weights=weights_file) if weights_file else None
 
 
@@ -128,7 +135,7 @@ def score_file_of(split):
     if trained is None:
         return scores
     config = json.loads((trained / "result.json").read_text())["config"]
-    file = trained / "eval_scores.csv" if split == "eval" else sorted(trained.rglob("dev_scores.csv"))[0]
+    file = find_in(trained, f"{split}_scores.csv")
     shortened = "epoch" in read_scores(file).meta and config.get("eval_samples") != CROP_SAMPLES
     return "" if shortened else file  # dev scored on shorter clips, during training, is not comparable with eval
 
