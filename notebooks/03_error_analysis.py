@@ -140,6 +140,7 @@ def score_file_of(split):
     return "" if shortened else file  # dev scored on shorter clips, during training, is not comparable with eval
 
 
+# %%
 def scored_trials(split):
     """The trials of a split that have a score; without a score file they are scored here."""
     protocol, file = corpus.protocol(split), score_file_of(split)
