@@ -16,6 +16,8 @@ from deepfake_utils.models import MODELS, build_model
 PARAMETERS = {
     "aasist": 297_866,
     "aasist-l": 85_306,
+    "aasist-xl": 1_177_354,
+    "aasist-transformer": 665_220,
     "rawnet2": 17_621_410,
     "rawnet2-learnable": 17_621_450,
     "lfcc-lcnn": 170_082,

@@ -122,6 +122,11 @@ class SincFilters(nn.Module):
         with torch.autocast(self.low_khz.device.type, enabled=False):
             return band_pass_filters(*self.cutoffs_hz(), self.kernel_size)
 
+    def fix_(self) -> None:
+        """Make the filters as they stand constant: an exported graph need not compute them from cut-offs."""
+        self.register_buffer("fixed_filters", self.filters().detach(), persistent=False)
+        self.learnable = False
+
     def frequency_response(self, n_points: int = 512) -> tuple[Tensor, Tensor]:
         """Magnitude of every filter on a grid of frequencies, for drawing.
 

@@ -10,6 +10,7 @@ from torch import nn
 from deepfake_utils.conventions import ConfigError
 from deepfake_utils.models import aasist, rawnet2
 from deepfake_utils.models.aasist import AASIST, AASISTConfig
+from deepfake_utils.models.aasist_transformer import AASISTTransformer, AASISTTransformerConfig
 from deepfake_utils.models.lcnn import LCNN, LCNNConfig
 from deepfake_utils.models.rawnet2 import RawNet2, RawNet2Config
 from deepfake_utils.models.resnet import ResNet18, ResNetConfig
@@ -27,6 +28,8 @@ MODELS: dict[str, tuple[type[nn.Module], object]] = {
             branch_keep=0.7,
         ),
     ),
+    "aasist-xl": (AASIST, AASISTConfig(channels=(64, 64, 128, 128, 128, 128), graph_dim=128, branch_dim=64)),
+    "aasist-transformer": (AASISTTransformer, AASISTTransformerConfig()),
     "rawnet2": (RawNet2, RawNet2Config()),
     "rawnet2-learnable": (RawNet2, RawNet2Config(sinc_learnable=True)),
     "lfcc-lcnn": (LCNN, LCNNConfig()),
@@ -50,7 +53,7 @@ def build_model(name: str, *, generator: torch.Generator | None = None, **overri
         name: one of `MODELS`.
         generator: source of the initial weights, on the CPU; the same state gives the same weights and the
             global random state is left alone. None draws from torch's global generator.
-        **overrides: fields of the model's configuration to change, such as `temperatures=(1., 1., 50., 50.)`.
+        **overrides: fields of the model's configuration to change, such as `sinc_learnable=True`.
 
     Returns:
         The model in training mode, on the CPU, with its configuration as `.config`.
