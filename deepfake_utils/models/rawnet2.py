@@ -2,7 +2,7 @@
 
 Tak et al., "End-to-End anti-spoofing with RawNet2", ICASSP 2021, arXiv 2011.01108; filter-wise feature scaling is
 from Jung et al., "Improved RawNet with Feature Map Scaling", arXiv 2004.00526. The default configuration is the
-RawNet2 baseline in the AASIST repository, 17,621,410 parameters, 16.8 million of them in the GRU.
+RawNet2 baseline in the AASIST repository, 17,621,410 parameters, 16.1 million of them in the GRU.
 
 Shape walk for 64,600 samples (4.04 s):
 

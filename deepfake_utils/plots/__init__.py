@@ -15,17 +15,20 @@ from deepfake_utils.plots.analysis import (
 )
 from deepfake_utils.plots.basic import (
     attack_bars,
-    cepstra,
     clips,
     corpus_overview,
     det_curves,
     draw_spectrogram,
-    filter_responses,
-    graph_attention,
-    model_comparison,
     score_histogram,
     spectrogram_grid,
     training_curves,
+)
+from deepfake_utils.plots.models import (
+    cepstra,
+    cutoff_moves,
+    filter_responses,
+    graph_attention,
+    model_comparison,
 )
 
 __all__ = [
@@ -35,6 +38,7 @@ __all__ = [
     "clip_under_the_lens",
     "clips",
     "corpus_overview",
+    "cutoff_moves",
     "det_curves",
     "det_with_points",
     "draw_spectrogram",
