@@ -268,6 +268,16 @@ def peak_memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def gpu_utilisation(device: torch.device) -> float:
+    """Share of the last second in which the GPU ran kernels, by its driver; NaN where that cannot be asked."""
+    if device.type != "cuda":
+        return math.nan
+    try:
+        return torch.cuda.utilization(device) / 100
+    except (ImportError, RuntimeError):  # no nvidia-ml-py, or a driver that does not tell
+        return math.nan
+
+
 def _reset_peak(device: torch.device) -> int:
     if device.type != "cuda":
         return peak_memory_bytes(device)

@@ -83,6 +83,7 @@ class Session:
         self._saved_at = time.monotonic()
         self._dev_s = 0.0
         self._tensorboard = None
+        self._utilisation: list[float] = []
         self.started = 0.0
 
     # ---- before the first step -------------------------------------------------------------------------
@@ -217,6 +218,8 @@ class Session:
             )
         self.state.loss_sum += float(losses.sum())
         self._pending.clear()
+        if self.device.type == "cuda":
+            self._utilisation.append(capacity.gpu_utilisation(self.device))
 
     # ---- the end of an epoch -------------------------------------------------------------------------------
 
@@ -291,12 +294,15 @@ class Session:
             "utterances_per_s": n_utterances / train_s,
             "data_wait_fraction": wait_s / train_s,
             "peak_memory_bytes": capacity.peak_memory_bytes(self.device),
+            "gpu_utilisation": float(np.mean(self._utilisation)) if self._utilisation else math.nan,
             "micro_batches": self.micro_batches,
         }
+        self._utilisation.clear()
+        busy = "" if math.isnan(row["gpu_utilisation"]) else f"  GPU busy {row['gpu_utilisation']:.0%}"
         self.say(
             f"epoch {row['epoch']:3d}: loss {row['train_loss']:.4f}  dev EER {100 * dev_eer:6.2f} %  (best {100 * self.state.best_dev_eer:.2f} % "
             f"in epoch {self.state.best_epoch + 1})  {row['utterances_per_s']:.1f} utt/s  data wait {100 * row['data_wait_fraction']:.1f} %  "
-            f"peak {row['peak_memory_bytes'] / 2**30:.2f} GiB"
+            f"peak {row['peak_memory_bytes'] / 2**30:.2f} GiB{busy}"
         )
         return row
 
@@ -399,6 +405,7 @@ class Session:
         """Say why training ended."""
         self.state.stopped = self.state.stopped or "all epochs done"
         self.save_checkpoint()
+        self.say(f"waveforms: {self.source.describe()}")
         self.say(
             f"finished:  {self.state.stopped}; best dev EER {100 * self.state.best_dev_eer:.2f} % in epoch {self.state.best_epoch + 1}"
         )

@@ -351,6 +351,15 @@ def test_plans_keep_the_recipe_when_it_fits_and_say_what_they_give_up(monkeypatc
     assert plan.config.crop_samples == 16_000 and plan.n_train < 25_380 and "trials are drawn" in plan.why[1]
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("precision", ["fp32", "auto"])
+def test_on_a_gpu_the_waveforms_stay_there_and_the_model_learns(corpus, tmp_path, precision):
+    said = []
+    config = tiny_config(epochs=6, learning_rate=3e-3, schedule="one_cycle", precision=precision)
+    result = fit(*corpus, tmp_path, config, device="cuda", say=said.append)
+    assert result.best_dev_eer < 0.2 and "memory of cuda" in "\n".join(said)
+
+
 def test_config_refuses_what_it_does_not_know():
     with pytest.raises(ConfigError, match="schedule 'linear' is unknown: expected one of cosine"):
         TrainingConfig(schedule="linear")
