@@ -94,7 +94,7 @@ def test_help_names_every_command_and_option():
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        ((), "find | score | evaluate"),
+        ((), "score | evaluate"),
         (("trian",), "trian"),
         (("score", "x.wav"), "--weights"),
         (("score", "x.wav", "--weights", "w", "--onnx", "o"), "not allowed with"),
