@@ -286,3 +286,15 @@ def test_interrupting_ends_without_a_traceback(weights, tmp_path):
     _, rest = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "interrupted" in rest and "Traceback" not in rest
+
+
+def test_an_exported_model_scores_as_its_weights_do(corpus, weights, tmp_path):
+    file = tmp_path / "model.onnx"
+    done = run("export", file, "--weights", weights)
+    assert done.returncode == 0, done.stderr
+    assert "difference" in done.stdout
+    onnx = run("score", corpus, "--onnx", file)
+    torch = run("score", corpus, "--weights", weights)
+    logits = [[float(row["score"]) for row in csv.DictReader(io.StringIO(d.stdout))] for d in (onnx, torch)]
+    assert logits[0] == pytest.approx(logits[1], abs=1e-3)
+    assert run("score", corpus, "--onnx", tmp_path / "absent.onnx").returncode == 2
