@@ -6,6 +6,7 @@ as bona fide from the threshold on; thresholds, directions and fits come from de
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -184,7 +185,7 @@ def interval_or_none(metric, scores, labels, clusters, n_bootstrap: int, seed: i
 
 
 def rejections(by_speaker: dict, confidence: float = 0.95) -> pd.DataFrame:
-    """Return how many of each speaker's bona fide trials are rejected, the worst speaker first.
+    """Return how many of each speaker's bona fide trials are rejected, the most often rejected speaker first.
 
     by_speaker: what `evaluate(..., by="speaker")` gives in ["by"]["speaker"].
     Columns speaker, n_bonafide, n_rejected, p_miss, and Wilson's interval low, high: with few trials it is wide.
@@ -196,7 +197,7 @@ def rejections(by_speaker: dict, confidence: float = 0.95) -> pd.DataFrame:
             interval = binomtest(rejected, n).proportion_ci(confidence, method="wilson")
             rows.append((speaker, n, rejected, row["p_miss"], interval.low, interval.high))
     table = pd.DataFrame(rows, columns=["speaker", "n_bonafide", "n_rejected", "p_miss", "low", "high"])
-    return table.sort_values(["p_miss", "n_bonafide"], ascending=False, ignore_index=True)
+    return table.sort_values(["n_rejected", "p_miss"], ascending=False, ignore_index=True)
 
 
 def hardest(trials: pd.DataFrame, threshold: float, n: int) -> pd.DataFrame:
@@ -306,9 +307,11 @@ def fuse(
         dev_scores, scores: (n, n_systems) of dev and eval trials; dev_labels (n,).
     """
     dev_scores, scores = np.asarray(dev_scores, dtype=np.float64), np.asarray(scores, dtype=np.float64)
-    each = [fit_calibration(column, dev_labels, fitted_on=fitted_on) for column in dev_scores.T]
+    with warnings.catch_warnings():  # a system that is worse than a coin is found out by whoever looks at it alone
+        warnings.simplefilter("ignore", UserWarning)
+        each = [fit_calibration(column, dev_labels, fitted_on=fitted_on) for column in dev_scores.T]
+        logistic = fit_calibration(dev_scores, dev_labels, fitted_on=fitted_on)
     llrs = np.stack([one.llr(column) for one, column in zip(each, scores.T, strict=True)], axis=1)
-    logistic = fit_calibration(dev_scores, dev_labels, fitted_on=fitted_on)
     return {"mean": llrs.mean(axis=1), "logistic": logistic.llr(scores)}, logistic
 
 
@@ -374,7 +377,12 @@ def proportional_subset(protocol: pd.DataFrame, n: int, seed: int) -> pd.DataFra
 
 
 def split_by_speaker(trials: pd.DataFrame, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return two halves of a scored split with no speaker in common, for a corpus that has no dev split."""
-    speakers = np.random.default_rng(seed).permutation(sorted(trials["speaker"].unique()))
-    first = trials["speaker"].isin(speakers[: len(speakers) // 2])
+    """Return two halves of a scored split for a corpus that has no dev split.
+
+    No speaker is in both; where speakers are not known, trials are divided.
+    """
+    groups = speakers_of(trials)
+    groups = trials["utterance"].to_numpy(dtype=str) if groups is None else groups
+    chosen = np.random.default_rng(seed).permutation(np.unique(groups))
+    first = pd.Series(groups).isin(chosen[: len(chosen) // 2]).to_numpy()
     return trials[first].reset_index(drop=True), trials[~first].reset_index(drop=True)

@@ -164,7 +164,7 @@ if "dev" in corpus.splits:
     dev = scored_trials("dev")
 else:
     dev, evaluation = analysis.split_by_speaker(evaluation, seed)
-    print(f"This corpus has no dev split: {len(dev):,} trials of half of the speakers stand in for it.")
+    print(f"This corpus has no dev split: half of eval, {len(dev):,} trials of other speakers, stands in for it.")
 seen = set(corpus.protocol("train")["attack"]) if "train" in corpus.splits else set()
 speakers = analysis.speakers_of(evaluation)
 paths = tqdm(evaluation["path"], desc="lengths", unit="utt", delay=1, leave=False)
@@ -195,10 +195,12 @@ result = evaluate(
     by=columns, threshold=threshold, n_bootstrap=n_bootstrap, seed=seed, attack_intervals=True,
 )  # fmt: skip
 tabulate(report.headline_table(result))
-unit = result["bootstrap_unit"]
-print(f"{result['n_bonafide']:,} bona fide and {result['n_spoof']:,} spoofed trials, {result['n_speakers']} speakers; "
+unit, n_speakers = result["bootstrap_unit"], result["n_speakers"] or "unknown"
+print(f"{result['n_bonafide']:,} bona fide and {result['n_spoof']:,} spoofed trials, {n_speakers} speakers; "
       f"intervals: 95 %, resampled by {unit}. Not one error among so many bona fide trials would still allow a "
       f"true rate of {min(100, 300 / result['n_bonafide']):.1f} %.")  # fmt: skip
+if result["eer"] > 0.4:
+    print("This detector is hardly better than a coin: read what follows as a tour of the questions, not of answers.")
 
 # %% [markdown]
 # ## Scores, and what they are worth as probabilities
@@ -294,7 +296,7 @@ show(plots.attack_bars(report.attack_rows(result), overall=result["eer"], seen=s
 # %% [markdown]
 # **Speakers.** A rejected bona fide trial is a real person called a machine. If the rejections sit with a few
 # speakers, more data of the same kind will not help, and those people will be rejected every time. The whiskers are
-# Wilson's 95 % intervals for that many trials.
+# Wilson's 95 % intervals for that many trials; with a handful, a speaker's EER moves in steps of tens of percent.
 
 # %%
 rejected = analysis.rejections(result["by"]["speaker"])
@@ -470,7 +472,8 @@ if second is not None:
         systems, pair_labels["eval"], analysis.speakers_of(measured["eval"]), n_bootstrap=n_bootstrap, seed=seed
     )
     tabulate(report.comparison_table(comparison))
-    print(f"{len(measured['eval'])} eval trials; logistic weights {np.round(fusion.slopes, 3)} on raw scores.")
+    print(f"{len(measured['eval'])} eval trials; logistic weights on the raw scores: "
+          + " and ".join(f"{slope:.3g}" for slope in fusion.slopes))  # fmt: skip
 
 # %% [markdown]
 # ## What may be said
@@ -487,7 +490,7 @@ error_at_dev = (result["p_miss"] + result["p_fa"]) / 2
 worst = max(result["per_attack"], key=lambda attack: result["per_attack"][attack]["eer"])
 bounds = report.percent_interval(result["eer_ci"])
 lines = [
-    f"EER {report.percent(result['eer'])} % ({bounds} %), {result['n_speakers']} speakers; dev "
+    f"EER {report.percent(result['eer'])} % ({bounds} %), {n_speakers} speakers; dev "
     f"{report.percent(measures.compute_eer(dev['score'], dev['label']).eer)} %",
     f"error at dev's threshold {report.percent(error_at_dev)} %",
     f"worst attack {worst}: EER {report.percent(result['per_attack'][worst]['eer'])} %",

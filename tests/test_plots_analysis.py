@@ -50,10 +50,10 @@ def test_gap_steps_lead_from_dev_to_eval():
     assert [bar.get_hatch() or "" for bar in bars][1:4] == ["", "", "//"]
 
 
-def test_rejections_stand_in_falling_order_with_their_counts():
+def test_rejections_stand_in_the_order_of_the_table_with_their_counts():
     table = pd.DataFrame({"speaker": ["a", "b"], "n_bonafide": [4, 8], "p_miss": [0.25, 0.5], "low": 0.0, "high": 1.0})
     figure = plots.rejections_by_speaker(table)
-    assert [bar.get_height() for bar in figure.axes[0].patches] == [50, 25]
+    assert [bar.get_height() for bar in figure.axes[0].patches] == [25, 50]
     assert "b\nn = 8" in text_of(figure)
 
 

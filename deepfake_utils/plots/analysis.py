@@ -25,6 +25,7 @@ from deepfake_utils.plots.basic import (
     det_curves,
     draw_spectrogram,
     new_figure,
+    slant_long_names,
 )
 
 MARKERS = "osD^vP*X<>hdp8H"
@@ -107,12 +108,12 @@ def tandem_cost(
 
 
 def rejections_by_speaker(table: pd.DataFrame) -> Figure:
-    """Share of each speaker's bona fide trials that is rejected, the worst first.
+    """Share of each speaker's bona fide trials that is rejected, for the first 30 speakers of the table.
 
     Args:
-        table: columns speaker, n_bonafide, p_miss (fraction), low and high (fractions).
+        table: as `analysis.rejections` returns it: speaker, n_bonafide, p_miss, low and high (fractions).
     """
-    table = table.sort_values(["p_miss", "n_bonafide"], ascending=False).head(30)
+    table = table.head(30)
     figure, axis = new_figure(size=(max(5.0, 0.42 * len(table) + 2), 3.6))
     position, share = np.arange(len(table)), 100 * table["p_miss"]
     spread = 100 * np.clip([table["p_miss"] - table["low"], table["high"] - table["p_miss"]], 0, None)
@@ -150,6 +151,7 @@ def gap_parts(parts: pd.DataFrame) -> Figure:
         axis.annotate(f"{100 * value:.1f}", (x, 100 * value), ha="center", va="bottom", fontsize="small")
     names = [f"{what}\nn = {n:,}" for what, n in zip(parts["what"], parts["n"], strict=True)]
     axis.set_xticks(range(len(parts) + 2), ["dev", *names, "eval"], fontsize="small")
+    slant_long_names(axis, parts["what"])
     axis.set(ylabel="mean of miss and false alarm (%)", ylim=(0, 1.12 * axis.get_ylim()[1]))
     return figure
 
@@ -197,6 +199,7 @@ def trimming(scores: np.ndarray, trimmed: np.ndarray, labels: np.ndarray, cut_s:
         axis.scatter(scores[of], trimmed[of], label=name, **style)
         moved.scatter(cut_s[of], (trimmed - scores)[of], **style)
     axis.set(xlabel="score, whole clip", ylabel="score, silence trimmed")
+    axis.locator_params(nbins=5)
     axis.legend(frameon=False, fontsize="small")
     moved.axhline(0, color="0.6", linestyle=":")
     moved.set(xlabel="silence cut off (s)", ylabel="change of the score")

@@ -36,6 +36,13 @@ def new_figure(n_rows: int = 1, n_columns: int = 1, size: tuple[float, float] = 
     return figure, axes
 
 
+def slant_long_names(axis: Axes, names: Sequence[str]) -> None:
+    """Turn the labels under the bars where names are too long to stand side by side."""
+    if max(map(len, names), default=0) > 9:
+        axis.tick_params(axis="x", rotation=90)
+        axis.figure.set_figheight(axis.figure.get_figheight() + 1.4)  # their room
+
+
 def draw_spectrogram(
     axis: Axes, waveform: np.ndarray, *, window_s: float = 0.02, hop_s: float = 0.005, colour_bar: bool = True
 ) -> None:
@@ -186,6 +193,7 @@ def attack_bars(per_attack: pd.DataFrame, *, overall: float | None = None, seen:
         axis.errorbar(position, 100 * table["eer"], yerr=spread, fmt="none", ecolor=BLACK, capsize=3, linewidth=1)
     labels = [f"{attack}\nn = {n:,}" for attack, n in zip(table["attack"], table["n"], strict=True)]
     axis.set_xticks(position, labels, fontsize="small")
+    slant_long_names(axis, table["attack"])
     axis.set(ylabel="EER against all bona fide (%)", ylim=(0, max(1.0, axis.get_ylim()[1])))
     if overall is not None:
         axis.axhline(100 * overall, color=BLACK, linestyle="--", linewidth=1)
