@@ -26,6 +26,7 @@ from deepfake_utils.models import tiling
 from deepfake_utils.models.tiling import Tile, run_tiles, side_by_side, tiles_of
 
 TILE_ROWS = 24 * tiling.TILE_FRAMES
+PLACES = tuple((i, j) for i in (0, 1) for j in (0, 1, 2))  # of the values of a 2 x 3 patch
 SELU_ALPHA, SELU_SCALE = 1.6732632423543772, 1.0507009873554805  # arXiv 1706.02515, equation 14
 
 
@@ -156,6 +157,28 @@ class ResidualBlock(nn.Module):
         return largest_of_three(out.add_(F.conv2d(part[..., 1:-1], self.shortcut.weight, self.shortcut.bias)))
 
 
+def patches_of(x: Tensor, padding: tuple[int, int]) -> Tensor:
+    """(6, B, bands + 1, frames): the six values under a 2 x 3 kernel at every place, each a map of its own.
+
+    Args:
+        x: (B, 1, bands, frames); a row of zeros is added on either side.
+        padding: frames of zeros to add before and after.
+    """
+    x = F.pad(x[:, 0], (*padding, 1, 1))
+    n_rows, n_frames = x.shape[1] - 1, x.shape[2] - 2
+    return torch.stack([x[:, i : i + n_rows, j : j + n_frames] for i, j in PLACES])
+
+
+def fold_patches(grad: Tensor, padding: tuple[int, int]) -> Tensor:
+    """The gradient of `patches_of`'s argument from that of its result."""
+    _, batch, n_rows, n_frames = grad.shape
+    padded = grad.new_zeros(batch, n_rows + 1, n_frames + 2)
+    for (i, j), values in zip(PLACES, grad, strict=True):
+        padded[:, i : i + n_rows, j : j + n_frames] += values
+    before, after = padding
+    return padded[:, None, 1:-1, before : padded.shape[2] - after]
+
+
 class FirstBlockTiles(torch.autograd.Function):
     """The first block with its norm folded in: keeps only its inputs, and runs each tile again for its gradient.
 
@@ -167,13 +190,6 @@ class FirstBlockTiles(torch.autograd.Function):
     def forward(ctx, x, *parameters):
         ctx.save_for_backward(x, *parameters)
         return run_tiles(FirstBlockTiles.run, x, *parameters)
-
-    @staticmethod
-    def patches(part: Tensor, tile: Tile) -> Tensor:
-        """(6, B, bands + 1, frames): the six values under conv1 at every place, each a map of its own."""
-        x = F.pad(part[:, 0], (*tile.padding, 1, 1))
-        n_rows, n_frames = x.shape[1] - 1, x.shape[2] - 2
-        return torch.stack([x[:, i : i + n_rows, j : j + n_frames] for i in (0, 1) for j in (0, 1, 2)])
 
     @staticmethod
     def hidden(patches: Tensor, tile: Tile, weight: Tensor, bias: Tensor) -> Tensor:
@@ -193,14 +209,14 @@ class FirstBlockTiles(torch.autograd.Function):
     @staticmethod
     def run(part, tile, weight, bias, *rest) -> Tensor:
         """The tile's output."""
-        patches = FirstBlockTiles.patches(part, tile)
+        patches = patches_of(part, tile.padding)
         hidden = FirstBlockTiles.hidden(patches, tile, weight, bias)
         return largest_of_three(FirstBlockTiles.output(patches, hidden, *rest))
 
     @staticmethod
     def run_backward(part, tile, grad, weight, bias, *rest) -> tuple[Tensor, ...]:
         """Gradients of the part and of every parameter, from that of the tile's output."""
-        patches = FirstBlockTiles.patches(part, tile)
+        patches = patches_of(part, tile.padding)
         hidden = FirstBlockTiles.hidden(patches, tile, weight, bias)
         out = FirstBlockTiles.output(patches, hidden, *rest)
         weight2, bias2, shortcut_weight, _ = rest
@@ -220,11 +236,7 @@ class FirstBlockTiles(torch.autograd.Function):
         patch_grad = (conv1_rows @ weight.flatten(1)).T.reshape(patches.shape)
         shortcut_grad = (shortcut_rows @ shortcut_weight.flatten(1)).T
         patch_grad[3:, :, :-1, 1:-1] += shortcut_grad.reshape(patches[3:, :, :-1, 1:-1].shape)
-        padded = patches.new_zeros(patches.shape[1], patches.shape[2] + 1, patches.shape[3] + 2)
-        for k, (i, j) in enumerate((i, j) for i in (0, 1) for j in (0, 1, 2)):
-            padded[:, i : i + patches.shape[2], j : j + patches.shape[3]] += patch_grad[k]
-        before, _ = tile.padding
-        part_grad = padded[:, None, 1:-1, before : before + part.shape[3]]
+        part_grad = fold_patches(patch_grad, tile.padding)
 
         weight_grad = (patches.flatten(1) @ conv1_rows).T.reshape(weight.shape)
         lower = patches[3:, :, :-1, 1:-1].flatten(1)
@@ -280,27 +292,46 @@ class FirstBlock(ResidualBlock):
         if not self.training:
             return norm.running_mean, norm.running_var
         with torch.autocast(x.device.type, enabled=False):
-            patch_mean, patch_cov = checkpoint(patch_moments, x, use_reentrant=False, preserve_rng_state=False)
+            patch_mean, patch_cov = PatchMoments.apply(x)
             taps = self.conv1.weight.flatten(1).double()
-            mean = (taps @ patch_mean).float() + self.conv1.bias
-            var = ((taps @ patch_cov) * taps).sum(1).float()
+            mean = (taps @ patch_mean).to(x.dtype) + self.conv1.bias
+            var = ((taps @ patch_cov) * taps).sum(1).to(x.dtype)
         count_batch(norm, mean, var, x.numel() // x.shape[2] * (x.shape[2] + 1))
         return mean, var
 
 
-def patch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+class PatchMoments(torch.autograd.Function):
     """Mean (6,) and covariance (6, 6) of the 2 x 3 patches of x (B, 1, bands, frames), zeros around it.
 
     In double precision: neighbouring frames are alike, and a filter that takes their difference has a variance
     far below those it is computed from.
     """
-    rows = F.pad(x[:, 0].double(), (1, 1)).unfold(2, 3, 1)  # (B, bands, frames, 3)
-    n_patches = x.numel() // x.shape[2] * (x.shape[2] + 1)
-    within = torch.einsum("brti,brtj->ij", rows, rows)
-    across = torch.einsum("brti,brtj->ij", rows[:, :-1], rows[:, 1:])
-    second = torch.cat([torch.cat([within, across], 1), torch.cat([across.T, within], 1)]) / n_patches
-    mean = rows.sum((0, 1, 2)).repeat(2) / n_patches
-    return mean, second - torch.outer(mean, mean)
+
+    @staticmethod
+    def forward(ctx, x):
+        rows = F.pad(x[:, 0].double(), (1, 1)).unfold(2, 3, 1)  # (B, bands, frames, 3)
+        n_patches = x.numel() // x.shape[2] * (x.shape[2] + 1)
+        within = torch.einsum("brti,brtj->ij", rows, rows)
+        across = torch.einsum("brti,brtj->ij", rows[:, :-1], rows[:, 1:])
+        second = torch.cat([torch.cat([within, across], 1), torch.cat([across.T, within], 1)]) / n_patches
+        mean = rows.sum((0, 1, 2)).repeat(2) / n_patches
+        ctx.save_for_backward(x, mean)
+        return mean, second - torch.outer(mean, mean)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, mean_grad, cov_grad):
+        x, mean = ctx.saved_tensors
+        n_patches = x.numel() // x.shape[2] * (x.shape[2] + 1)
+        slope = cov_grad + cov_grad.T
+        constant = ((mean_grad - slope @ mean) / n_patches).to(x.dtype)
+        slope = (slope / n_patches).to(x.dtype)
+        grads = []
+        for part in x.split(1 if x.is_cpu else len(x)):
+            patches = patches_of(part, (1, 1))
+            grad = torch.addmm(constant[:, None], slope, patches.flatten(1)).view_as(patches)
+            grads.append(fold_patches(grad, (1, 1)))
+        return torch.cat(grads)
 
 
 @contextmanager
