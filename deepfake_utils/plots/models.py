@@ -43,7 +43,8 @@ def cutoff_moves(before_hz: np.ndarray, after_hz: np.ndarray) -> Figure:
     for name, colour, marker, start, end in zip(
         ("lower cut-off", "upper cut-off"), (BLUE, VERMILION), "v^", before_hz, after_hz, strict=True
     ):
-        axis.plot(start / 1000, end - start, marker, color=colour, label=name, linestyle="-", linewidth=0.8)
+        axis.plot(start / 1000, end - start, marker, color=colour, label=name)
+        axis.vlines(start / 1000, 0, end - start, color=colour, linewidth=0.8)
     axis.axhline(0, color="0.6", linewidth=0.8, linestyle=":")
     axis.set(xlabel="cut-off before training (kHz)", ylabel="moved by (Hz)", xlim=(0, SAMPLE_RATE_HZ / 2000))
     axis.legend(frameon=False, fontsize="small")
