@@ -85,7 +85,9 @@ def keep_largest(nodes: Tensor, scores: Tensor, share: float) -> Tensor:
     """The share of nodes with the largest scores, at least one, each times its score, best first."""
     n_nodes = nodes.shape[1]
     if isinstance(n_nodes, Tensor):  # while an export traces the model: a number would freeze the length
-        n_kept = (n_nodes.double() * share).long().clamp(min=1)
+        # Of one value and not of none, lest the exporter multiply in single precision: int(90 * 0.7) is 62.
+        product = n_nodes.reshape(1).double() * torch.tensor([share], dtype=torch.float64)
+        n_kept = product.long().clamp(min=1)[0]
     else:
         n_kept = max(int(n_nodes * share), 1)
     best = scores.topk(n_kept, dim=1).indices

@@ -1,0 +1,132 @@
+"""ONNX files: the same numbers as PyTorch at every length and batch size, for every family."""
+
+import copy
+import json
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from deepfake_utils.conventions import AudioError, CheckpointError
+from deepfake_utils.export import OPSET, OnnxScorer, export_onnx, parity_report
+from deepfake_utils.models import MODELS, build_model
+
+# Fewer and narrower blocks where only size would make a model slow.
+NARROW = {
+    "aasist": {"channels": (8,) * 6},
+    "aasist-l": {"channels": (6,) * 6},
+    "aasist-xl": {"channels": (8,) * 5 + (12,)},
+    "aasist-transformer": {"channels": (8,) * 6},
+    "rawnet2": {"gru_dim": 32, "embedding_dim": 16},
+    "rawnet2-learnable": {"gru_dim": 32, "embedding_dim": 16},
+}
+
+
+def build(name):
+    model = build_model(name, generator=torch.Generator().manual_seed(0), **NARROW.get(name, {})).eval()
+    with torch.no_grad():  # fresh output layers give logits near zero, which any error of scale would pass
+        model.output.weight.mul_(20)
+    return model
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("onnx")
+    model = build("lfcc-lcnn")
+    return model, export_onnx(model, folder / "model.onnx")
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_every_family_computes_the_same_at_three_lengths_and_several_batch_sizes(name, tmp_path):
+    model = build(name)
+    path = export_onnx(model, tmp_path / "model.onnx")
+    report = parity_report(path, model, batch_sizes=(1, 3))
+    assert report["n_samples"].nunique() == 3 and report["batch_size"].nunique() == 2
+    assert report["logit_difference"].max() < 1e-4 and report["embedding_difference"].max() < 1e-3
+
+
+def test_lengths_that_were_not_traced_keep_the_share_of_nodes(tmp_path):
+    """int(n * 0.7) nodes are kept: 62 of 90 in double precision, 63 in single."""
+    generator = torch.Generator().manual_seed(0)
+    model = build_model("aasist", generator=generator, channels=(4, 4, 4, 4), graph_dim=4, branch_dim=4).eval()
+    scorer = OnnxScorer(export_onnx(model, tmp_path / "model.onnx"))
+    waveform = 0.1 * torch.randn(1, 90 * 3**5 + 128, generator=generator)
+    with torch.no_grad():
+        torch.testing.assert_close(scorer(waveform).logits, model(waveform).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_the_file_says_what_it_is(exported):
+    model, path = exported
+    metadata = OnnxScorer(path).metadata
+    assert metadata["model"] == "lfcc-lcnn"
+    assert metadata["sample_rate_hz"] == "16000" and metadata["min_samples"] == str(model.min_samples)
+    assert metadata["opset"] == str(OPSET) and metadata["input"].startswith("waveform: (batch, samples)")
+    assert "bona fide" in metadata["score"] and "logits[:, 1]" in metadata["score"]
+    assert json.loads(metadata["config"]) == json.loads(json.dumps(vars(model.config)))
+    graph = onnx.load(path)
+    assert [node.name for node in graph.graph.input] == ["waveform"]
+    assert [node.name for node in graph.graph.output] == ["logits", "embedding"]
+    assert graph.opset_import[0].version == OPSET
+
+
+def test_exporting_leaves_the_model_as_it_was(tmp_path):
+    model = build("rawnet2-learnable").train()
+    before = copy.deepcopy(model.state_dict())
+    export_onnx(model, tmp_path / "model.onnx")
+    assert model.training and model.sinc.learnable
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_file_that_computes_something_else_is_refused(exported):
+    model, path = exported
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.output.bias[1] += 0.01
+    with pytest.raises(CheckpointError, match="differs by 0.01"):
+        parity_report(path, other)
+
+
+def test_a_file_that_computes_nan_is_refused(exported):
+    model, path = exported
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.output.bias[1] = torch.nan
+    with pytest.raises(CheckpointError, match="differs by nan"):
+        parity_report(path, broken)
+
+
+def test_a_short_waveform_is_refused(exported):
+    model, path = exported
+    with pytest.raises(AudioError, match=str(model.min_samples)):
+        OnnxScorer(path)(torch.zeros(1, model.min_samples - 1))
+
+
+def test_other_files_are_refused(tmp_path, exported):
+    with pytest.raises(CheckpointError, match="no such ONNX file"):
+        OnnxScorer(tmp_path / "absent.onnx")
+    (tmp_path / "text.onnx").write_text("not a model")
+    with pytest.raises(CheckpointError, match="not a readable ONNX model"):
+        OnnxScorer(tmp_path / "text.onnx")
+    foreign = onnx.load(exported[1])
+    del foreign.metadata_props[:]
+    onnx.save(foreign, tmp_path / "foreign.onnx")
+    with pytest.raises(CheckpointError, match="sample_rate_hz"):
+        OnnxScorer(tmp_path / "foreign.onnx")
+
+
+def test_published_weights_on_real_speech(reference_data, tmp_path):
+    import pandas as pd
+    import soundfile
+
+    from deepfake_utils.checkpoint import load_model
+
+    model = load_model("aasist-l", weights=reference_data / "published_weights" / "AASIST-L.pth")
+    golden = pd.read_csv(reference_data / "published_weights" / "golden_logits.csv").iloc[::23]
+    files = {path.stem: path for path in (reference_data / "asvspoof2019_subset").rglob("*.flac")}
+    clips = [np.resize(soundfile.read(files[name], dtype="float32")[0], 64600) for name in golden["utterance"]]
+    scorer = OnnxScorer(export_onnx(model, tmp_path / "aasist-l.onnx"))
+    assert scorer.metadata["model"] == "aasist-l"
+    found = scorer(torch.from_numpy(np.stack(clips))).logits.numpy()
+    expected = golden[["AASIST-L_logit_spoof", "AASIST-L_logit_bonafide"]].to_numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
