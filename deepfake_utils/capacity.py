@@ -24,6 +24,9 @@ MEMORY_SHARE = 0.8  # of what is free, for the automatic batch size
 LARGEST_BATCH_RATIO = 8  # times the published 24: beyond it the learning-rate rule has not been shown to hold
 PLANNED_SHARE = 0.85  # of the time budget: decoding, saving and drawing need the rest
 SHORT_CROPS_S = (2.0, 1.5, 1.0)
+ENOUGH_EPOCHS = (
+    10  # crops are shortened until there are so many: in a short run more steps teach more than longer crops
+)
 FEWEST_EPOCHS = 3  # below this a run says nothing about its recipe
 LONGEST_SHORT_RUN = 30  # epochs: more of the short recipe only memorises
 FEWEST_TRIALS = 48
@@ -160,9 +163,9 @@ def _short_plan(config, n_train, n_dev, n_eval, budget_s, device, why) -> Plan:
         eval_s = n_eval * cost.score_s * CROP_SAMPLES / samples
         projection = project(cost, n_train, n_dev, 1)
         epochs = math.floor((available_s - eval_s) / projection.total_s)
-        if epochs >= FEWEST_EPOCHS:
+        if epochs >= ENOUGH_EPOCHS:
             break
-    else:
+    if epochs < FEWEST_EPOCHS:
         epochs = FEWEST_EPOCHS
         n_train = min(n_train, _at_least(0.6 * available_s / (epochs * cost.train_s)))
         n_dev = min(n_dev, _at_least(0.15 * available_s / (epochs * cost.score_s)))

@@ -342,10 +342,11 @@ def test_plans_keep_the_recipe_when_it_fits_and_say_what_they_give_up(monkeypatc
     plan = capacity.plan_run(TrainingConfig(), 100, 50, 50, 10_000.0, cpu)  # needs 100 * (50 + 8.3) + 8.3 s
     assert plan.config == TrainingConfig(time_budget_s=10_000.0) and "fits the" in plan.why[0]
 
-    plan = capacity.plan_run(TrainingConfig(seed=5), 100, 50, 50, 300.0, cpu)
-    assert "would take" in plan.why[0] and (plan.config.model, plan.config.crop_samples) == ("aasist-l", 32_000)
-    assert plan.config.seed == 5 and (plan.n_train, plan.n_dev, plan.n_eval) == (100, 50, 50)
-    assert plan.config.epochs == (0.85 * 300 - 50 / 15) // ((100 * 0.2 + 50 * 0.2 / 3) * 32_000 / 64_600)
+    for budget_s, crop in ((300.0, 32_000), (100.0, 16_000)):
+        plan = capacity.plan_run(TrainingConfig(seed=5), 100, 50, 50, budget_s, cpu)
+        assert "would take" in plan.why[0] and (plan.config.model, plan.config.crop_samples) == ("aasist-l", crop)
+        assert plan.config.seed == 5 and (plan.n_train, plan.n_dev, plan.n_eval) == (100, 50, 50)
+        assert plan.config.epochs == (0.85 * budget_s - 50 / 15) // ((100 * 0.2 + 50 * 0.2 / 3) * crop / 64_600)
 
     plan = capacity.plan_run(TrainingConfig(), 25_380, 24_844, 71_237, 300.0, cpu)
     assert plan.config.crop_samples == 16_000 and plan.n_train < 25_380 and "trials are drawn" in plan.why[1]
