@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from deepfake_utils.conventions import AudioError, CheckpointError, ConfigError
 from deepfake_utils.frontends.sinc import SincFilters
 from deepfake_utils.models import build_model
-from deepfake_utils.models.rawnet2 import FFT_POINTS, RawNet2Config, filter_by_fft, published_state_dict
+from deepfake_utils.models.rawnet2 import FFT_POINTS, GRULayer, RawNet2Config, pooled_by_fft, published_state_dict
 
 SMALL = {"sinc_filters": 6, "sinc_taps": 65, "channels": (6, 8), "gru_dim": 12, "gru_layers": 2, "embedding_dim": 10}
 
@@ -26,21 +26,52 @@ def noise(batch, n_samples, seed=1):
     return 0.1 * torch.randn(batch, n_samples, generator=torch.Generator().manual_seed(seed))
 
 
-@given(st.integers(1, 3), st.integers(0, 3 * FFT_POINTS), st.sampled_from([3, 129, 1025]))
+def pooled_directly(waveform, filters):
+    return F.max_pool1d(F.conv1d(waveform.double()[:, None], filters.double()[:, None]).abs(), 3)
+
+
+@given(st.integers(1, 6), st.integers(2, 3 * FFT_POINTS), st.sampled_from([3, 129, 1025]))
 @settings(max_examples=25, deadline=None)
 def test_filtering_by_fft_is_the_direct_correlation(batch, extra, n_taps):
     filters = SincFilters(5, n_taps).filters()
     waveform = noise(batch, n_taps + extra)
-    expected = F.conv1d(waveform.double()[:, None], filters.double()[:, None])
-    torch.testing.assert_close(filter_by_fft(waveform, filters).double(), expected, atol=1e-6, rtol=0)
+    expected = pooled_directly(waveform, filters)
+    torch.testing.assert_close(pooled_by_fft(waveform, filters).double(), expected, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("n_out", [FFT_POINTS - 64 + k for k in (-1, 0, 1)])
+@pytest.mark.parametrize("n_out", [n_blocks * (FFT_POINTS - 64) + k for n_blocks in (1, 2) for k in range(-4, 5)])
 def test_filtering_by_fft_at_the_edges_of_a_block(n_out):
     filters = SincFilters(2, 65).filters()
     waveform = noise(1, n_out + 64)
-    expected = F.conv1d(waveform[:, None], filters[:, None])
-    torch.testing.assert_close(filter_by_fft(waveform, filters), expected, atol=1e-6, rtol=0)
+    expected = pooled_directly(waveform, filters).float()
+    torch.testing.assert_close(pooled_by_fft(waveform, filters), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_the_gru_is_that_of_torch_with_its_gradients(batch):
+    gru = small(gru_layers=3).gru
+    frames = noise(batch, 7 * 8).view(batch, 7, 8).requires_grad_()
+    upstream = noise(batch, 12, seed=2)
+    states = frames.transpose(0, 1)
+    for weights in gru.all_weights:
+        states = GRULayer.apply(states, *weights)
+    expected = gru(frames)[0].transpose(0, 1)
+    torch.testing.assert_close(states, expected)
+    inputs = [frames, *gru.parameters()]
+    ours = torch.autograd.grad((states[-1] * upstream).sum() + states.square().sum(), inputs)
+    theirs = torch.autograd.grad((expected[-1] * upstream).sum() + expected.square().sum(), inputs)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+
+
+def test_training_and_scoring_take_the_same_path_through_the_gru_to_rounding():
+    model = lively(small())  # evaluation mode: only whether gradients are recorded differs
+    waveform = noise(2, 900)
+    recorded = model(waveform).logits
+    with torch.no_grad():
+        torch.testing.assert_close(recorded.detach(), model(waveform).logits, atol=1e-5, rtol=1e-5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(model(waveform).logits.float(), recorded, atol=0.1, rtol=0.1)
 
 
 def rawnet2_by_definition(state, waveform):
@@ -192,12 +223,15 @@ def test_min_samples_is_exactly_where_one_frame_is_left():
     model = build_model("rawnet2")
     frames = []
     model.gru.register_forward_pre_hook(lambda _, inputs: frames.append(inputs[0].shape[1]))
-    model.eval()(noise(1, model.min_samples))
+    with torch.no_grad():
+        model.eval()(noise(1, model.min_samples))
     assert frames == [1]
     assert model.min_samples - (1025 - 1) == 3**7
     with pytest.raises(AudioError, match=f"needs at least {model.min_samples}"):
         model(noise(1, model.min_samples - 1))
-    assert len(model(noise(1, 64_600)).logits) == 1 and frames == [1, 29]  # the shape walk of the docstring
+    with torch.no_grad():
+        model(noise(1, 64_600))
+    assert frames == [1, 29]  # the shape walk of the docstring
 
 
 def test_band_mask_removes_bands_for_the_batch_or_for_each_waveform():
@@ -205,7 +239,7 @@ def test_band_mask_removes_bands_for_the_batch_or_for_each_waveform():
     waveform = noise(2, 900)
     keep_all, drop_some = torch.ones(6), torch.tensor([1.0, 0, 0, 1, 1, 1])
     plain, masked = model(waveform).logits, model(waveform, band_mask=drop_some).logits
-    assert torch.equal(model(waveform, band_mask=keep_all).logits, plain)
+    torch.testing.assert_close(model(waveform, band_mask=keep_all).logits, plain)
     assert (plain - masked).abs().min() > 1e-4
     mixed = model(waveform, band_mask=torch.stack([keep_all, drop_some])).logits
     torch.testing.assert_close(mixed, torch.stack([plain[0], masked[1]]))
