@@ -15,6 +15,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 TILE_FRAMES = 768  # of one utterance with 24 bands and 32 channels: 2.4 MB
@@ -59,6 +60,44 @@ def tiles_of(x: Tensor) -> list[Tile]:
     ]
 
 
+class Span(NamedTuple):
+    """Some frames of a map, for some utterances of a batch."""
+
+    utterances: slice
+    start: int
+    stop: int
+    n_frames: int  # of the map
+
+    def of(self, x: Tensor) -> Tensor:
+        """These frames of x, a view."""
+        return x[self.utterances, :, :, self.start : self.stop]
+
+    def around(self, x: Tensor) -> Tensor:
+        """These frames of x and one on either side, of zeros where the map has ended."""
+        part = x[self.utterances, :, :, max(self.start - 1, 0) : self.stop + 1]
+        padding = int(self.start == 0), int(self.stop == self.n_frames)
+        return F.pad(part, padding) if any(padding) else part
+
+    def clear_outside(self, part: Tensor) -> Tensor:
+        """Set to zero, in place, the frames of `around` that lie outside of the map."""
+        if self.start == 0:
+            part[..., :1] = 0
+        if self.stop == self.n_frames:
+            part[..., -1:] = 0
+        return part
+
+
+def spans_of(x: Tensor) -> list[Span]:
+    """Cut x (B, channels, bands, frames) into spans of about TILE_FRAMES frames."""
+    n_frames = x.shape[3]
+    at_once = max(TILE_FRAMES // n_frames, 1)
+    return [
+        Span(slice(first, first + at_once), start, min(start + TILE_FRAMES, n_frames), n_frames)
+        for first in range(0, len(x), at_once)
+        for start in range(0, n_frames, TILE_FRAMES)
+    ]
+
+
 def run_tiles(run: Callable[..., Tensor], x: Tensor, *parameters: Tensor) -> Tensor:
     """Put together what `run(tile.cut(x), tile, *parameters)` returns for every tile of x, without gradient."""
     tiles = tiles_of(x)
@@ -71,7 +110,7 @@ def run_tiles(run: Callable[..., Tensor], x: Tensor, *parameters: Tensor) -> Ten
     return whole
 
 
-def side_by_side(function: Callable[[Tile], Any], items: list[Tile]) -> Iterable[Any]:
+def side_by_side(function: Callable[[Any], Any], items: list) -> Iterable[Any]:
     """`map`, without gradient and in single precision, on as many threads as PyTorch uses for one operation.
 
     Results come in order and do not depend on the number of threads.
@@ -79,7 +118,7 @@ def side_by_side(function: Callable[[Tile], Any], items: list[Tile]) -> Iterable
     n_threads = torch.get_num_threads()
     inference = torch.is_inference_mode_enabled()
 
-    def run(item: Tile) -> Any:
+    def run(item: Any) -> Any:
         with torch.inference_mode(inference), torch.no_grad(), torch.autocast("cpu", enabled=False):
             return function(item)
 
