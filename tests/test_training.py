@@ -327,10 +327,11 @@ def test_saved_activations_are_counted_once():
 
 
 def test_plans_keep_the_recipe_when_it_fits_and_say_what_they_give_up(monkeypatch):
-    seconds = {"aasist": 0.5, "aasist-l": 0.2}  # of training, per 4.04 s utterance
+    seconds = {"AASIST": 0.5, "AASIST-L": 0.2, "LCNN": 0.02, "RawNet2": 1.0}  # of training, per 4.04 s utterance
 
     def measured(model, config, batch_size, device, precision):
-        name = "aasist" if sum(p.numel() for p in model.parameters()) > 200_000 else "aasist-l"
+        small = sum(p.numel() for p in model.parameters()) < 200_000
+        name = type(model).__name__ + ("-L" if small and type(model).__name__ == "AASIST" else "")
         part = config.crop_samples / TrainingConfig().crop_samples
         return capacity.Cost(seconds[name] * part, seconds[name] * part / 3, 0)
 
@@ -347,6 +348,11 @@ def test_plans_keep_the_recipe_when_it_fits_and_say_what_they_give_up(monkeypatc
         assert "would take" in plan.why[0] and (plan.config.model, plan.config.crop_samples) == ("aasist-l", crop)
         assert plan.config.seed == 5 and (plan.n_train, plan.n_dev, plan.n_eval) == (100, 50, 50)
         assert plan.config.epochs == (0.85 * budget_s - 50 / 15) // ((100 * 0.2 + 50 * 0.2 / 3) * crop / 64_600)
+
+    plan = capacity.plan_run(TrainingConfig(), 100, 50, 50, 40.0, cpu)
+    assert plan.config.model == "lfcc-lcnn" and "lfcc-lcnn" in plan.why[1]
+    plan = capacity.plan_run(TrainingConfig(model="rawnet2"), 10, 10, 10, 10.0, cpu)
+    assert plan.config.model == "rawnet2", "a model asked for by name is kept"
 
     plan = capacity.plan_run(TrainingConfig(), 25_380, 24_844, 71_237, 300.0, cpu)
     assert plan.config.crop_samples == 16_000 and plan.n_train < 25_380 and "trials are drawn" in plan.why[1]

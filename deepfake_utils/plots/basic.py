@@ -109,7 +109,7 @@ def training_curves(history: pd.DataFrame) -> Figure:
     )
     eer.annotate(
         f"kept: {100 * history['dev_eer'][best]:.2f} %", (epochs[best], 100 * history["dev_eer"][best]),
-        xytext=(0, 12), textcoords="offset points", color=VERMILION, ha="center",
+        xytext=(0, 12), textcoords="offset points", color=VERMILION, ha="left" if best == 0 else "center",
     )  # fmt: skip
     eer.set(title="Dev equal error rate", xlabel="epoch", ylabel="EER (%)", ylim=(0, None))
     rate.plot(epochs, history["learning_rate"], color=GREEN, marker="o", markersize=3)
