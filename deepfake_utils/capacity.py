@@ -188,10 +188,7 @@ def _short_candidates(config: TrainingConfig) -> list[TrainingConfig]:
     for model in models:
         for crop_s in SHORT_CROPS_S:
             samples = int(crop_s * SAMPLE_RATE_HZ)
-            candidate = short.replace(model=model, crop_samples=samples, eval_samples=samples)
-            if not model.startswith("aasist"):
-                candidate = candidate.replace(batch_size=8, learning_rate=1e-3)
-            candidates.append(candidate)
+            candidates.append(short.replace(model=model, crop_samples=samples, eval_samples=samples))
     return candidates
 
 
