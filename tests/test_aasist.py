@@ -20,7 +20,7 @@ from deepfake_utils.models.aasist import (
     published_state_dict,
 )
 from deepfake_utils.models.aasist_transformer import AASISTTransformerConfig, positions
-from deepfake_utils.models.encoder import FirstBlock, ResidualBlock
+from deepfake_utils.models.encoder import FirstBlock, ResidualBlock, frames_first
 from deepfake_utils.models.fused import LaterBlockTiles, selu_
 
 PUBLISHED = {"aasist": "AASIST", "aasist-l": "AASIST-L"}
@@ -249,11 +249,11 @@ def test_batch_statistics_are_as_exact_as_single_precision_allows():
     torch.manual_seed(0)
     block = ResidualBlock(32, 32)
     nn.init.constant_(block.conv1.bias, 5)
-    x = torch.randn(2, 32, 23, 5000, generator=seeded()).contiguous(memory_format=torch.channels_last)
+    x = torch.randn(2, 32, 5000, 23, generator=seeded()).contiguous(memory_format=torch.channels_last)
+    conv1, conv2 = frames_first(block.conv1), frames_first(block.conv2)
     with torch.no_grad():
-        norm, conv2 = (block.norm.weight, block.norm.bias, 1e-5), (block.conv2.weight, block.conv2.bias)
-        _, mean, var = LaterBlockTiles.apply(x, block.conv1.weight, block.conv1.bias, *norm, *conv2)
-        exact = F.conv2d(x.double(), block.conv1.weight.double(), block.conv1.bias.double(), padding=(1, 1))
+        _, mean, var = LaterBlockTiles.apply(x, *conv1, block.norm.weight, block.norm.bias, 1e-5, *conv2)
+        exact = F.conv2d(x.double(), *(tensor.double() for tensor in conv1), padding=(1, 1))
     torch.testing.assert_close(mean.double(), exact.mean((0, 2, 3)), atol=2e-6, rtol=0)
     torch.testing.assert_close(var.double(), exact.var((0, 2, 3), correction=0), atol=0, rtol=2e-6)
 

@@ -177,7 +177,7 @@ class SincFilters(nn.Module):
                 mask = band_mask.to(filters)[..., : n_groups * bands].unflatten(-1, (n_groups, bands)).mT
                 mask = mask.expand(len(waveform), bands, n_groups)[:, None, None, :, None]
             frames = [self._pooled_windows(part, shifted, mask, bands) for part in windows.split(WINDOWS_AT_ONCE, 1)]
-        return torch.cat(frames, 1)[:, :n_frames].transpose(1, 2).contiguous()
+        return torch.cat(frames, 1)[:, :n_frames].transpose(1, 2)
 
     def _pooled_windows(self, windows: Tensor, shifted: Tensor, mask: Tensor | None, bands: int) -> Tensor:
         """(B, M, window) -> (B, M * HOP // 3, groups)."""

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from deepfake_utils.frontends.sinc import SincFilters
-from deepfake_utils.models.fused import FirstBlockTiles, LaterBlockTiles, PatchMoments, largest_of_three, selu_
-from deepfake_utils.models.tiling import Tile, run_tiles
+from deepfake_utils.models.fused import FirstBlockTiles, LaterBlockTiles, PatchMoments, run_block
+from deepfake_utils.models.tiling import run_tiles
 
 
 def count_batch(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, n_values: int) -> None:
@@ -38,14 +38,20 @@ def count_batch(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, n_values: int) 
 
 
 def n_values(x: Tensor) -> int:
-    """Values in a channel of conv1's output, which has one band more than its input x."""
-    return x.shape[0] * (x.shape[2] + 1) * x.shape[3]
+    """Values in a channel of conv1's output, which has one band more than its input x (B, channels, frames, bands)."""
+    return len(x) * x.shape[2] * (x.shape[3] + 1)
+
+
+def frames_first(conv: nn.Conv2d) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a convolution for maps (B, channels, frames, bands), as in `tiling`."""
+    return conv.weight.transpose(2, 3), conv.bias
 
 
 def fold_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight and bias of the one convolution that equals `conv` followed by `norm` with these statistics."""
+    """`frames_first` of the one convolution that equals `conv` followed by `norm` with these statistics."""
+    weight, bias = frames_first(conv)
     scale = norm.weight * (var + norm.eps).rsqrt()
-    return conv.weight * scale[:, None, None, None], norm.bias + (conv.bias - mean) * scale
+    return weight * scale[:, None, None, None], norm.bias + (bias - mean) * scale
 
 
 class ResidualBlock(nn.Module):
@@ -58,8 +64,9 @@ class ResidualBlock(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, out_channels, (2, 3), padding=(1, 1))
         self.norm = nn.BatchNorm2d(out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, (2, 3), padding=(0, 1))
+        self.widens = in_channels != out_channels
         self.shortcut = nn.Identity()
-        if in_channels != out_channels:
+        if self.widens:
             self.shortcut = nn.Conv2d(in_channels, out_channels, (1, 3), padding=(0, 1))
 
     def plain(self, x: Tensor) -> Tensor:
@@ -69,32 +76,21 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, bands, frames) -> (B, out_channels, bands, frames // 3)."""
-        if not x.is_cpu or torch.jit.is_tracing():
+        if not x.is_cpu or torch.jit.is_tracing() or (torch.is_grad_enabled() and not self.training):
             return self.plain(x)
+        x = x.transpose(2, 3).contiguous(memory_format=torch.channels_last)
+        convs = *frames_first(self.conv2), *(frames_first(self.shortcut) if self.widens else ())
         if self.training:
-            convs = self.conv2.weight, self.conv2.bias, *self.shortcut.parameters()
             norm = self.norm.weight, self.norm.bias, self.norm.eps
-            out, mean, var = LaterBlockTiles.apply(x, self.conv1.weight, self.conv1.bias, *norm, *convs)
+            out, mean, var = LaterBlockTiles.apply(x, *frames_first(self.conv1), *norm, *convs)
             count_batch(self.norm, mean, var, n_values(x))
-            return F.max_pool2d(out, (1, 3))
-        if torch.is_grad_enabled():
-            return self.plain(x)
-        folded = fold_norm(self.conv1, self.norm, self.norm.running_mean, self.norm.running_var)
-        return run_tiles(self._tile, x, *folded)
-
-    def _tile(self, part: Tensor, tile: Tile, weight: Tensor, bias: Tensor) -> Tensor:
-        if any(tile.padding):
-            part = F.pad(part, tile.padding)
-        hidden = F.conv2d(part, weight, bias, padding=(1, 0))
-        hidden = selu_(tile.clear_outside(hidden))
-        out = F.conv2d(hidden, self.conv2.weight, self.conv2.bias)
-        if isinstance(self.shortcut, nn.Identity):
-            return largest_of_three(out.add_(part[..., 2:-2]))
-        return largest_of_three(out.add_(F.conv2d(part[..., 1:-1], self.shortcut.weight, self.shortcut.bias)))
+            return F.max_pool2d(out, (3, 1)).transpose(2, 3)
+        weight, bias = fold_norm(self.conv1, self.norm, self.norm.running_mean, self.norm.running_var)
+        return run_tiles(run_block, x, weight, bias, *convs).transpose(2, 3)
 
 
 class FirstBlock(ResidualBlock):
-    """The residual block on the single channel of the sinc map, by matrix products of its 2 x 3 patches."""
+    """The residual block on the single channel of the sinc map, by matrix products of its patches."""
 
     def __init__(self, out_channels: int):
         super().__init__(1, out_channels)
@@ -103,13 +99,14 @@ class FirstBlock(ResidualBlock):
         """(B, 1, bands, frames) -> (B, out_channels, bands, frames // 3), channels last in memory."""
         if torch.jit.is_tracing():
             return self.plain(x)
+        x = x.transpose(2, 3)
         weight, bias = fold_norm(self.conv1, self.norm, *self._statistics(x))
         if x.is_cpu:
-            return FirstBlockTiles.apply(
-                x, weight, bias, self.conv2.weight, self.conv2.bias, self.shortcut.weight, self.shortcut.bias
-            )
-        hidden = F.selu(F.conv2d(x, weight, bias, padding=(1, 1)), inplace=True)
-        return F.max_pool2d(self.conv2(hidden).add_(self.shortcut(x)), (1, 3))
+            x = x.contiguous()
+            convs = *frames_first(self.conv2), *frames_first(self.shortcut)
+            return FirstBlockTiles.apply(x, weight, bias, *convs).transpose(2, 3)
+        hidden = F.selu(F.conv2d(x, weight, bias, padding=(1, 1)), inplace=True).transpose(2, 3)
+        return F.max_pool2d(self.conv2(hidden).add_(self.shortcut(x.transpose(2, 3))), (1, 3))
 
     def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance of conv1(x) in every channel: the batch's in training, else the running ones."""
@@ -118,7 +115,7 @@ class FirstBlock(ResidualBlock):
             return norm.running_mean, norm.running_var
         with torch.autocast(x.device.type, enabled=False):
             patch_mean, patch_cov = PatchMoments.apply(x)
-            taps = self.conv1.weight.flatten(1).double()
+            taps = frames_first(self.conv1)[0].flatten(1).double()
             mean = (taps @ patch_mean).to(x.dtype) + self.conv1.bias
             var = ((taps @ patch_cov) * taps).sum(1).to(x.dtype)
         count_batch(norm, mean, var, n_values(x))

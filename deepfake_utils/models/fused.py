@@ -1,8 +1,9 @@
 """The arithmetic of AASIST's residual blocks on a processor, tile by tile, with gradients written out.
 
-What PyTorch's own operations would do is written beside each block in `encoder`, and the tests compare both. The
-gain: a tile's intermediate results stay in cache, no core waits for another inside a block, and little is kept for
-the backward pass.
+Maps are (B, channels, frames, bands), channels last in memory, and kernels (channels, channels, 3 frames, 2 bands);
+see `tiling`. What PyTorch's own operations would do is written beside each block in `encoder`, and the tests compare
+both. The gain: a tile's intermediate results stay in cache, no core waits for another inside a block, and little is
+kept for the backward pass.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from deepfake_utils.models.tiling import Span, Tile, run_tiles, side_by_side, spans_of, tiles_of
 
-PLACES = tuple((i, j) for i in (0, 1) for j in (0, 1, 2))  # of the values of a 2 x 3 patch
+PLACES = tuple((i, j) for i in (0, 1, 2) for j in (0, 1))  # of the values of a patch of 3 frames x 2 bands
 SELU_ALPHA, SELU_SCALE = 1.6732632423543772, 1.0507009873554805  # arXiv 1706.02515, equation 14
 
 
@@ -31,14 +32,14 @@ def selu_backward(grad: Tensor, result: Tensor) -> Tensor:
 
 
 def largest_of_three(x: Tensor) -> Tensor:
-    """F.max_pool2d(x, (1, 3)), several times faster as it need not say which of the three it was."""
-    stop = x.shape[3] // 3 * 3
-    largest = torch.maximum(x[..., 0:stop:3], x[..., 1:stop:3])
-    return torch.maximum(largest, x[..., 2:stop:3], out=largest)
+    """F.max_pool2d(x, (3, 1)), several times faster as it need not say which of the three it was."""
+    stop = x.shape[2] // 3 * 3
+    largest = torch.maximum(x[:, :, 0:stop:3], x[:, :, 1:stop:3])
+    return torch.maximum(largest, x[:, :, 2:stop:3], out=largest)
 
 
 def _rows(x: Tensor) -> Tensor:
-    """A channels-last map as (B, bands, frames, channels)."""
+    """A channels-last map as (B, frames, bands, channels)."""
     return x.permute(0, 2, 3, 1)
 
 
@@ -53,34 +54,34 @@ def conv_gradient(
 
 def gradient_of_input(grad: Tensor, x: Tensor, weight: Tensor, bands_padding: int) -> Tensor:
     """Gradient of the frames x (n of them) from that of the n + 2 output frames of width-3 kernels they reach."""
-    return conv_gradient(grad, x, weight, (bands_padding, 2), (True, False, False))[0]
+    return conv_gradient(grad, x, weight, (2, bands_padding), (True, False, False))[0]
 
 
 def gradient_of_weight(grad: Tensor, x: Tensor, weight: Tensor, bands_padding: int) -> tuple[Tensor, Tensor]:
     """Gradients of weight and bias from that of n output frames and the n + 2 input frames they see."""
-    return conv_gradient(grad, x, weight, (bands_padding, 0), (False, True, True))[1:]
+    return conv_gradient(grad, x, weight, (0, bands_padding), (False, True, True))[1:]
 
 
 def patches_of(x: Tensor, padding: tuple[int, int]) -> Tensor:
-    """(6, B, bands + 1, frames): the six values under a 2 x 3 kernel at every place, each a map of its own.
+    """(6, B, frames, bands + 1): the six values under a 3 x 2 kernel at every place, each a map of its own.
 
     Args:
-        x: (B, 1, bands, frames); a row of zeros is added on either side.
+        x: (B, 1, frames, bands); a band of zeros is added on either side.
         padding: frames of zeros to add before and after.
     """
-    x = F.pad(x[:, 0], (*padding, 1, 1))
-    n_rows, n_frames = x.shape[1] - 1, x.shape[2] - 2
-    return torch.stack([x[:, i : i + n_rows, j : j + n_frames] for i, j in PLACES])
+    x = F.pad(x[:, 0], (1, 1, *padding))
+    n_frames, n_bands = x.shape[1] - 2, x.shape[2] - 1
+    return torch.stack([x[:, i : i + n_frames, j : j + n_bands] for i, j in PLACES])
 
 
 def fold_patches(grad: Tensor, padding: tuple[int, int]) -> Tensor:
     """The gradient of `patches_of`'s argument from that of its result."""
-    _, batch, n_rows, n_frames = grad.shape
-    padded = grad.new_zeros(batch, n_rows + 1, n_frames + 2)
+    _, batch, n_frames, n_bands = grad.shape
+    padded = grad.new_zeros(batch, n_frames + 2, n_bands + 1)
     for (i, j), values in zip(PLACES, grad, strict=True):
-        padded[:, i : i + n_rows, j : j + n_frames] += values
+        padded[:, i : i + n_frames, j : j + n_bands] += values
     before, after = padding
-    return padded[:, None, 1:-1, before : padded.shape[2] - after]
+    return padded[:, None, before : n_frames + 2 - after, 1:-1]
 
 
 class FirstBlockTiles(torch.autograd.Function):
@@ -97,17 +98,22 @@ class FirstBlockTiles(torch.autograd.Function):
 
     @staticmethod
     def hidden(patches: Tensor, tile: Tile, weight: Tensor, bias: Tensor) -> Tensor:
-        """SELU of conv1, (B, channels, bands + 1, frames)."""
+        """SELU of conv1, (B, channels, frames, bands + 1)."""
         hidden = torch.addmm(bias, patches.flatten(1).T, weight.flatten(1).T)
         hidden = hidden.view(*patches.shape[1:], -1).permute(0, 3, 1, 2)
         return selu_(tile.clear_outside(hidden))
 
     @staticmethod
+    def shortcut_patches(patches: Tensor) -> Tensor:
+        """(3, places): what the shortcut's 3 x 1 kernel sees; its band is the upper one of a patch."""
+        return patches[1::2, :, 1:-1, :-1].flatten(1)
+
+    @staticmethod
     def output(patches, hidden, weight2, bias2, shortcut_weight, shortcut_bias) -> Tensor:
-        """conv2 plus the shortcut, before pooling: a patch's lower row is the row that its output row adds."""
-        out = F.conv2d(hidden, weight2, bias2 + shortcut_bias).permute(0, 2, 3, 1).contiguous()
-        rows = patches[3:, :, :-1, 1:-1].flatten(1).T
-        out.view(-1, out.shape[3]).addmm_(rows, shortcut_weight.flatten(1).T)
+        """conv2 plus the shortcut, before pooling."""
+        out = _rows(F.conv2d(hidden, weight2, bias2 + shortcut_bias)).contiguous()
+        seen = FirstBlockTiles.shortcut_patches(patches)
+        out.view(-1, out.shape[3]).addmm_(seen.T, shortcut_weight.flatten(1).T)
         return out.permute(0, 3, 1, 2)
 
     @staticmethod
@@ -123,39 +129,36 @@ class FirstBlockTiles(torch.autograd.Function):
         patches = patches_of(part, tile.padding)
         hidden = FirstBlockTiles.hidden(patches, tile, weight, bias)
         out = FirstBlockTiles.output(patches, hidden, *rest)
-        weight2, bias2, shortcut_weight, _ = rest
+        weight2, _, shortcut_weight, _ = rest
 
-        _, index = F.max_pool2d(out, (1, 3), return_indices=True)
-        grad = grad.contiguous(memory_format=torch.channels_last)
+        _, index = F.max_pool2d(out, (3, 1), return_indices=True)
         out_grad = torch.ops.aten.max_pool2d_with_indices_backward(
-            grad, out, (1, 3), (1, 3), (0, 0), (1, 1), False, index
+            grad, out, (3, 1), (3, 1), (0, 0), (1, 1), False, index
         )
-        hidden_grad, weight2_grad, bias2_grad = torch.ops.aten.convolution_backward(
-            out_grad, hidden, weight2, bias2.shape, (1, 1), (0, 0), (1, 1), False, (0, 0), 1, (True, True, True)
-        )
-        hidden_grad = hidden_grad.contiguous(memory_format=torch.channels_last)
-        conv1_rows = _rows(tile.clear_outside(selu_backward(hidden_grad, hidden))).flatten(0, 2)
-        shortcut_rows = _rows(out_grad).flatten(0, 2)
+        hidden_grad, weight2_grad, bias2_grad = conv_gradient(out_grad, hidden, weight2, (0, 0), (True, True, True))
+        rows = _rows(tile.clear_outside(selu_backward(hidden_grad, hidden))).flatten(0, 2)
+        out_rows = _rows(out_grad).flatten(0, 2)
 
-        patch_grad = (conv1_rows @ weight.flatten(1)).T.reshape(patches.shape)
-        shortcut_grad = (shortcut_rows @ shortcut_weight.flatten(1)).T
-        patch_grad[3:, :, :-1, 1:-1] += shortcut_grad.reshape(patches[3:, :, :-1, 1:-1].shape)
+        patch_grad = (rows @ weight.flatten(1)).T.reshape(patches.shape)
+        shortcut_grad = (out_rows @ shortcut_weight.flatten(1)).T
+        inner = patch_grad[1::2, :, 1:-1, :-1]
+        inner += shortcut_grad.reshape(inner.shape)
         part_grad = fold_patches(patch_grad, tile.padding)
 
-        weight_grad = (patches.flatten(1) @ conv1_rows).T.reshape(weight.shape)
-        lower = patches[3:, :, :-1, 1:-1].flatten(1)
-        shortcut_weight_grad = (lower @ shortcut_rows).T.reshape(shortcut_weight.shape)
-        bias_grad = conv1_rows.sum(0)
-        return part_grad, weight_grad, bias_grad, weight2_grad, bias2_grad, shortcut_weight_grad, bias2_grad
+        weight_grad = (patches.flatten(1) @ rows).T.reshape(weight.shape)
+        seen = FirstBlockTiles.shortcut_patches(patches)
+        shortcut_weight_grad = (seen @ out_rows).T.reshape(shortcut_weight.shape)
+        return part_grad, weight_grad, rows.sum(0), weight2_grad, bias2_grad, shortcut_weight_grad, bias2_grad
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         x, *parameters = ctx.saved_tensors
         tiles = tiles_of(x)
+        grad = grad.contiguous(memory_format=torch.channels_last)
 
         def run(tile: Tile):
-            tile_grad = grad[tile.utterances, :, :, tile.start : tile.stop]
+            tile_grad = grad[tile.utterances, :, tile.start : tile.stop]
             return FirstBlockTiles.run_backward(tile.cut(x), tile, tile_grad, *parameters)
 
         x_grad = torch.zeros_like(x)
@@ -168,7 +171,7 @@ class FirstBlockTiles(torch.autograd.Function):
 
 
 class PatchMoments(torch.autograd.Function):
-    """Mean (6,) and covariance (6, 6) of the 2 x 3 patches of x (B, 1, bands, frames), zeros around it.
+    """Mean (6,) and covariance (6, 6) of the 3 x 2 patches of x (B, 1, frames, bands), zeros around it.
 
     In double precision: neighbouring frames are alike, and a filter that takes their difference has a variance
     far below those it is computed from.
@@ -176,12 +179,15 @@ class PatchMoments(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
-        rows = F.pad(x[:, 0].double(), (1, 1)).unfold(2, 3, 1)  # (B, bands, frames, 3)
-        n_patches = x.numel() // x.shape[2] * (x.shape[2] + 1)
-        within = torch.einsum("brti,brtj->ij", rows, rows)
-        across = torch.einsum("brti,brtj->ij", rows[:, :-1], rows[:, 1:])
-        second = torch.cat([torch.cat([within, across], 1), torch.cat([across.T, within], 1)]) / n_patches
-        mean = rows.sum((0, 1, 2)).repeat(2) / n_patches
+        n_frames, n_bands = x.shape[2:]
+        n_patches = len(x) * n_frames * (n_bands + 1)
+        padded = F.pad(x[:, 0].double(), (0, 0, 1, 1))
+        shifts = torch.stack([padded[:, i : i + n_frames] for i in (0, 1, 2)])  # (3, B, frames, bands)
+        same = shifts.flatten(1) @ shifts.flatten(1).T
+        next_band = shifts[..., :-1].flatten(1) @ shifts[..., 1:].flatten(1).T
+        second = torch.stack([torch.stack([same, next_band]), torch.stack([next_band.T, same])])
+        second = second.permute(2, 0, 3, 1).reshape(6, 6) / n_patches  # from (j, j', i, i') to (i, j), (i', j')
+        mean = shifts.sum((1, 2, 3)).repeat_interleave(2) / n_patches
         ctx.save_for_backward(x, mean)
         return mean, second - torch.outer(mean, mean)
 
@@ -189,7 +195,7 @@ class PatchMoments(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, mean_grad, cov_grad):
         x, mean = ctx.saved_tensors
-        n_patches = x.numel() // x.shape[2] * (x.shape[2] + 1)
+        n_patches = len(x) * x.shape[2] * (x.shape[3] + 1)
         slope = cov_grad + cov_grad.T
         constant = ((mean_grad - slope @ mean) / n_patches).to(x.dtype)
         slope = (slope / n_patches).to(x.dtype)
@@ -199,6 +205,15 @@ class PatchMoments(torch.autograd.Function):
             grad = torch.addmm(constant[:, None], slope, patches.flatten(1)).view_as(patches)
             grads.append(fold_patches(grad, (1, 1)))
         return torch.cat(grads)
+
+
+def run_block(part: Tensor, tile: Tile, weight1, bias1, weight2, bias2, *shortcut) -> Tensor:
+    """A tile's output of a residual block whose norm is folded into the first convolution."""
+    if any(tile.padding):
+        part = F.pad(part, (0, 0, *tile.padding))
+    hidden = selu_(tile.clear_outside(F.conv2d(part, weight1, bias1, padding=(0, 1))))
+    out = F.conv2d(hidden, weight2, bias2)
+    return largest_of_three(out.add_(F.conv2d(part[:, :, 1:-1], *shortcut) if shortcut else part[:, :, 2:-2]))
 
 
 class LaterBlockTiles(torch.autograd.Function):
@@ -212,11 +227,11 @@ class LaterBlockTiles(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight1, bias1, gamma, beta, eps, weight2, bias2, *shortcut):
         spans = spans_of(x)
-        pre = _empty_map(x, len(bias1), x.shape[2] + 1)
-        out = _empty_map(x, len(bias2), x.shape[2])
+        pre = _empty_map(x, len(bias1), x.shape[3] + 1)
+        out = _empty_map(x, len(bias2), x.shape[3])
 
         def first_half(span: Span):
-            part = F.conv2d(span.around(x), weight1, bias1, padding=(1, 0))
+            part = F.conv2d(span.around(x), weight1, bias1, padding=(0, 1))
             span.of(pre).copy_(part)
             rows = _rows(part).flatten(0, 2)
             mean = rows.mean(0)
@@ -245,11 +260,12 @@ class LaterBlockTiles(torch.autograd.Function):
         x, pre, mean, inverse_deviation, scale, shift, weight1, weight2, *shortcut = ctx.saved_tensors
         spans = spans_of(x)
         norm_grad = torch.empty_like(pre)  # of the norm's result
-        x_grad = _empty_map(x, x.shape[1], x.shape[2])
+        x_grad = _empty_map(x, x.shape[1], x.shape[3])
+        out_grad = out_grad.contiguous(memory_format=torch.channels_last)
 
         def second_half(span: Span):
             grad, hidden = span.around(out_grad), activate(span, pre, scale, shift)
-            inner, inner_grad = hidden[..., 1:-1], grad[..., 1:-1]
+            inner, inner_grad = hidden[:, :, 1:-1], grad[:, :, 1:-1]
             part = selu_backward(gradient_of_input(grad, inner, weight2, 0), inner)
             span.of(norm_grad).copy_(part)
             rows = _rows(part)
@@ -272,7 +288,7 @@ class LaterBlockTiles(torch.autograd.Function):
             grad = rows.addcmul_(_rows(span.around(pre)), slope).permute(0, 3, 1, 2)
             span.clear_outside(grad)
             span.of(x_grad).add_(gradient_of_input(grad, span.of(x), weight1, 1))
-            return gradient_of_weight(grad[..., 1:-1], span.around(x), weight1, 1)
+            return gradient_of_weight(grad[:, :, 1:-1], span.around(x), weight1, 1)
 
         lower = add_up(side_by_side(first_half, spans))
         return x_grad, *lower, gamma_grad, beta_grad, None, *upper
@@ -299,5 +315,5 @@ def add_up(parts) -> list[Tensor]:
 
 
 def _empty_map(x: Tensor, channels: int, bands: int) -> Tensor:
-    shape = (len(x), channels, bands, x.shape[3])
+    shape = (len(x), channels, x.shape[2], bands)
     return torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)

@@ -1,5 +1,8 @@
 """Run a convolutional block over tiles of frames, several at once, on a processor.
 
+Maps are (B, channels, frames, bands) here, channels last in memory: a run of frames is one piece of memory, which
+operations read where it is, where a run of frames of a (B, channels, bands, frames) map would be copied first.
+
 A tile's intermediate results fit in a core's cache, so that they never travel to memory, and each core works
 through tiles of its own: one meeting of the cores a block, not one an operation, which matters most where other
 programs share the machine.
@@ -32,7 +35,7 @@ class Tile(NamedTuple):
 
     def cut(self, x: Tensor) -> Tensor:
         """The frames of the block's input that the tile depends on, without those outside of the map."""
-        return x[self.utterances, :, :, max(3 * self.start - HALO_FRAMES, 0) : 3 * self.stop + HALO_FRAMES]
+        return x[self.utterances, :, max(3 * self.start - HALO_FRAMES, 0) : 3 * self.stop + HALO_FRAMES]
 
     @property
     def padding(self) -> tuple[int, int]:
@@ -42,15 +45,15 @@ class Tile(NamedTuple):
     def clear_outside(self, hidden: Tensor) -> Tensor:
         """Set to zero, in place, those of the frames [3 start - 1, 3 stop + 1) that lie outside of the map."""
         if self.start == 0:
-            hidden[..., :1] = 0
+            hidden[:, :, :1] = 0
         if 3 * self.stop == self.n_frames:
-            hidden[..., -1:] = 0
+            hidden[:, :, -1:] = 0
         return hidden
 
 
 def tiles_of(x: Tensor) -> list[Tile]:
-    """Cut the work of a block on x (B, channels, bands, frames) into tiles of about TILE_FRAMES input frames."""
-    n_frames = x.shape[3]
+    """Cut the work of a block on x (B, channels, frames, bands) into tiles of about TILE_FRAMES input frames."""
+    n_frames = x.shape[2]
     n_out, length = n_frames // 3, TILE_FRAMES // 3
     at_once = max(TILE_FRAMES // n_frames, 1)
     return [
@@ -70,26 +73,26 @@ class Span(NamedTuple):
 
     def of(self, x: Tensor) -> Tensor:
         """These frames of x, a view."""
-        return x[self.utterances, :, :, self.start : self.stop]
+        return x[self.utterances, :, self.start : self.stop]
 
     def around(self, x: Tensor) -> Tensor:
         """These frames of x and one on either side, of zeros where the map has ended."""
-        part = x[self.utterances, :, :, max(self.start - 1, 0) : self.stop + 1]
+        part = x[self.utterances, :, max(self.start - 1, 0) : self.stop + 1]
         padding = int(self.start == 0), int(self.stop == self.n_frames)
-        return F.pad(part, padding) if any(padding) else part
+        return F.pad(part, (0, 0, *padding)) if any(padding) else part
 
     def clear_outside(self, part: Tensor) -> Tensor:
         """Set to zero, in place, the frames of `around` that lie outside of the map."""
         if self.start == 0:
-            part[..., :1] = 0
+            part[:, :, :1] = 0
         if self.stop == self.n_frames:
-            part[..., -1:] = 0
+            part[:, :, -1:] = 0
         return part
 
 
 def spans_of(x: Tensor) -> list[Span]:
-    """Cut x (B, channels, bands, frames) into spans of about TILE_FRAMES frames."""
-    n_frames = x.shape[3]
+    """Cut x (B, channels, frames, bands) into spans of about TILE_FRAMES frames."""
+    n_frames = x.shape[2]
     at_once = max(TILE_FRAMES // n_frames, 1)
     return [
         Span(slice(first, first + at_once), start, min(start + TILE_FRAMES, n_frames), n_frames)
@@ -104,9 +107,9 @@ def run_tiles(run: Callable[..., Tensor], x: Tensor, *parameters: Tensor) -> Ten
     whole = None
     for tile, part in zip(tiles, side_by_side(lambda t: run(t.cut(x), t, *parameters), tiles), strict=True):
         if whole is None:
-            shape = (len(x), *part.shape[1:3], x.shape[3] // 3)
+            shape = (len(x), part.shape[1], x.shape[2] // 3, part.shape[3])
             whole = torch.empty(shape, dtype=part.dtype, memory_format=torch.channels_last)
-        whole[tile.utterances, :, :, tile.start : tile.stop] = part
+        whole[tile.utterances, :, tile.start : tile.stop] = part
     return whole
 
 
