@@ -134,6 +134,8 @@ class OnnxScorer:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime has a dozen unrelated exception classes and no common one
             raise CheckpointError(f"{path}: not a readable ONNX model: {error}") from error
+        finally:
+            torch.set_flush_denormal(False)  # the session switched it on for the calling thread as well
         self.metadata = dict(self._session.get_modelmeta().custom_metadata_map)
         if self.metadata.get("sample_rate_hz") != str(SAMPLE_RATE_HZ) or "min_samples" not in self.metadata:
             raise CheckpointError(

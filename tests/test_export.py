@@ -96,6 +96,12 @@ def test_a_file_that_computes_nan_is_refused(exported):
         parity_report(path, broken)
 
 
+def test_subnormal_numbers_survive_a_session(exported):
+    model, path = exported
+    OnnxScorer(path)(torch.zeros(1, model.min_samples))
+    assert np.finfo(np.float64).tiny / 2 > 0
+
+
 def test_a_short_waveform_is_refused(exported):
     model, path = exported
     with pytest.raises(AudioError, match=str(model.min_samples)):
