@@ -15,15 +15,16 @@ from torch import Tensor
 from deepfake_utils.models.tiling import Span, Tile, run_tiles, side_by_side, spans_of, tiles_of
 
 PLACES = tuple((i, j) for i in (0, 1, 2) for j in (0, 1))  # of the values of a patch of 3 frames x 2 bands
+CACHED_VALUES = 2**16  # that a chain of operations leaves in a core's nearest caches
 SELU_ALPHA, SELU_SCALE = 1.6732632423543772, 1.0507009873554805  # arXiv 1706.02515, equation 14
 
 
 def selu_(x: Tensor) -> Tensor:
-    """F.selu in place: on a CPU F.selu spends most of its time in expm1, and exp is six times faster."""
-    if not x.is_cpu:
-        return F.selu(x, inplace=True)
-    below = x.clamp(max=0).exp_().sub_(1)
-    return x.clamp_(min=0).add_(below, alpha=SELU_ALPHA).mul_(SELU_SCALE)
+    """F.selu in place on a channels-last map: F.selu spends its time in expm1, and exp is several times faster."""
+    for part in _rows(x).view(-1).split(CACHED_VALUES):
+        below = part.clamp(max=0).exp_().sub_(1)
+        part.clamp_(min=0).add_(below, alpha=SELU_ALPHA).mul_(SELU_SCALE)
+    return x
 
 
 def selu_backward(grad: Tensor, result: Tensor) -> Tensor:
