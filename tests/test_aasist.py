@@ -20,7 +20,7 @@ from deepfake_utils.models.aasist import (
     published_state_dict,
 )
 from deepfake_utils.models.aasist_transformer import AASISTTransformerConfig, positions
-from deepfake_utils.models.encoder import FirstBlock, ResidualBlock, frames_first
+from deepfake_utils.models.encoder import FirstBlock, ResidualBlock, fold_norm, frames_first
 from deepfake_utils.models.fused import LaterBlockTiles, selu_
 
 PUBLISHED = {"aasist": "AASIST", "aasist-l": "AASIST-L"}
@@ -213,6 +213,24 @@ def test_a_block_without_gradients_equals_the_plain_one(kind, small_tiles):
     with torch.inference_mode():
         for n_frames in (40, 39, 38, 3):
             torch.testing.assert_close(block(x[..., :n_frames]), block.plain(x[..., :n_frames]))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_first_block_on_whole_maps_as_on_a_gpu(training):
+    block, x = first_block()
+    block.train(training)
+    oracle = copy.deepcopy(block)
+
+    def whole(x):
+        x = x.transpose(2, 3)
+        return block._whole(x, *fold_norm(block.conv1, block.norm, *block._statistics(x)))
+
+    out, x_grad, gradients = run_with_gradients(block, whole, x)
+    expected_out, expected_x_grad, expected = run_with_gradients(oracle, oracle.plain, x)
+    torch.testing.assert_close(out, expected_out)
+    torch.testing.assert_close(x_grad, expected_x_grad)
+    for name in expected:
+        torch.testing.assert_close(gradients[name], expected[name], atol=1e-9, rtol=1e-7, msg=name)
 
 
 def test_threads_change_nothing(small_tiles):

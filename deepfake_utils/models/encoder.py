@@ -1,12 +1,12 @@
 """The encoder of AASIST: a sinc bank and residual blocks, arranged so that a processor's cache holds the work.
 
 The first block's maps are large (24 bands x 21,490 frames x 32 channels, 66 MB for 4 seconds) and a plain run
-spends its time moving them through memory. Three things avoid that, and change no result beyond rounding:
+spends its time moving them through memory. On a CPU, three things avoid that and change no result beyond rounding:
 
-- blocks run over tiles of a few hundred frames where every intermediate result stays in cache;
+- blocks run over tiles of a few hundred frames, whose intermediate results stay in cache (`tiling`, `fused`);
 - the batch norm after a convolution is folded into it: in evaluation always, and in training in the first
   block, where the statistics of the convolution's output follow from those of its six inputs;
-- the first block keeps nothing for the backward pass but its input, and recomputes tile by tile.
+- what the backward pass needs is mostly computed again, tile by tile, and not kept.
 
 `ResidualBlock.plain` is the definition; the tests compare everything else with it.
 """
@@ -70,7 +70,7 @@ class ResidualBlock(nn.Module):
             self.shortcut = nn.Conv2d(in_channels, out_channels, (1, 3), padding=(0, 1))
 
     def plain(self, x: Tensor) -> Tensor:
-        """The block as defined, on whole maps: what an exported graph holds and what GPUs run."""
+        """The block as defined, on whole maps: what an exported graph holds, and GPUs run after the first block."""
         hidden = F.selu(self.norm(self.conv1(x)), inplace=True)
         return F.max_pool2d(self.conv2(hidden) + self.shortcut(x), (1, 3))
 
@@ -99,14 +99,18 @@ class FirstBlock(ResidualBlock):
         """(B, 1, bands, frames) -> (B, out_channels, bands, frames // 3), channels last in memory."""
         if torch.jit.is_tracing():
             return self.plain(x)
-        x = x.transpose(2, 3)
+        x = x.transpose(2, 3).contiguous()
         weight, bias = fold_norm(self.conv1, self.norm, *self._statistics(x))
-        if x.is_cpu:
-            x = x.contiguous()
-            convs = *frames_first(self.conv2), *frames_first(self.shortcut)
-            return FirstBlockTiles.apply(x, weight, bias, *convs).transpose(2, 3)
+        if not x.is_cpu:
+            return self._whole(x, weight, bias)
+        convs = *frames_first(self.conv2), *frames_first(self.shortcut)
+        return FirstBlockTiles.apply(x, weight, bias, *convs).transpose(2, 3)
+
+    def _whole(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """The block on x (B, 1, frames, bands) without tiles: a GPU wants whole maps, channels last."""
         hidden = F.selu(F.conv2d(x, weight, bias, padding=(1, 1)), inplace=True).transpose(2, 3)
-        return F.max_pool2d(self.conv2(hidden).add_(self.shortcut(x.transpose(2, 3))), (1, 3))
+        out = self.conv2(hidden.contiguous(memory_format=torch.channels_last))
+        return F.max_pool2d(out + self.shortcut(x.transpose(2, 3)), (1, 3))
 
     def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance of conv1(x) in every channel: the batch's in training, else the running ones."""

@@ -183,12 +183,14 @@ class PatchMoments(torch.autograd.Function):
         n_frames, n_bands = x.shape[2:]
         n_patches = len(x) * n_frames * (n_bands + 1)
         padded = F.pad(x[:, 0].double(), (0, 0, 1, 1))
-        shifts = torch.stack([padded[:, i : i + n_frames] for i in (0, 1, 2)])  # (3, B, frames, bands)
-        same = shifts.flatten(1) @ shifts.flatten(1).T
-        next_band = shifts[..., :-1].flatten(1) @ shifts[..., 1:].flatten(1).T
+        shifts = torch.stack([padded[:, i : i + n_frames] for i in (0, 1, 2)]).flatten(1, 2)
+        # In groups of frames, as matrix products of 3 rows with millions of columns keep one core of a GPU busy.
+        groups = F.pad(shifts, (0, 0, 0, -shifts.shape[1] % 512)).unflatten(1, (-1, 512)).transpose(0, 1)
+        same = _products(groups, groups)
+        next_band = _products(groups[..., :-1], groups[..., 1:])
         second = torch.stack([torch.stack([same, next_band]), torch.stack([next_band.T, same])])
         second = second.permute(2, 0, 3, 1).reshape(6, 6) / n_patches  # from (j, j', i, i') to (i, j), (i', j')
-        mean = shifts.sum((1, 2, 3)).repeat_interleave(2) / n_patches
+        mean = shifts.sum((1, 2)).repeat_interleave(2) / n_patches
         ctx.save_for_backward(x, mean)
         return mean, second - torch.outer(mean, mean)
 
@@ -293,6 +295,11 @@ class LaterBlockTiles(torch.autograd.Function):
 
         lower = add_up(side_by_side(first_half, spans))
         return x_grad, *lower, gamma_grad, beta_grad, None, *upper
+
+
+def _products(left: Tensor, right: Tensor) -> Tensor:
+    """(3, 3) sums of products of two (groups, 3, frames, bands) maps."""
+    return torch.bmm(left.flatten(2), right.flatten(2).transpose(1, 2)).sum(0)
 
 
 def activate(span: Span, pre: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
