@@ -392,8 +392,9 @@ def big_copy(waveform: Tensor) -> tuple[Callable[[], None], float]:
 
 def count_work(model: nn.Module, waveform: Tensor) -> tuple[float, float]:
     """Floating-point operations and bytes of a forward pass as defined, on whole maps."""
+    model = copy.deepcopy(model).requires_grad_(False)  # the counter hooks into gradients where there are any
     counter, moved = FlopCounterMode(display=False), BytesMoved()
-    with torch.inference_mode(), mock.patch("torch.jit.is_tracing", return_value=True), counter, moved:
+    with torch.no_grad(), mock.patch("torch.jit.is_tracing", return_value=True), counter, moved:
         model(waveform)
     return counter.get_total_flops(), moved.total
 
