@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from deepfake_utils.conventions import ConfigError
-from deepfake_utils.frontends.sinc import SPACINGS, SincFilters, band_edges_hz, draw_band_mask
+from deepfake_utils.frontends.sinc import SPACINGS, SincFilters, band_edges_hz
 
 
 def seeded(seed=0):
@@ -114,17 +114,6 @@ def test_a_mask_silences_its_bands():
     masked = bank(waveform, mask)
     assert not masked[:, 3:6].any() and torch.equal(masked[:, :3], bank(waveform)[:, :3])
     assert not bank.pooled(waveform, mask, bands=3)[:, 1].any()
-
-
-def test_drawn_masks_are_one_run_of_at_most_nineteen_bands_anywhere():
-    masks = torch.stack([draw_band_mask(70, generator) for generator in [seeded()] for _ in range(2000)])
-    widths = (masks == 0).sum(1)
-    assert set(widths.tolist()) == set(range(20))
-    edges = F.pad(masks, (1, 1), value=1).diff(dim=1).abs().sum(1)
-    assert ((edges == 2) | (widths == 0)).all()
-    assert (masks == 0).any(0).all()  # every band is masked now and then
-    assert torch.equal(draw_band_mask(70, seeded(3)), draw_band_mask(70, seeded(3)))
-    assert draw_band_mask(5, seeded()).shape == (5,)
 
 
 def test_half_precision_leaves_the_bank_alone():

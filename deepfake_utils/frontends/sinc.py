@@ -63,19 +63,6 @@ def band_pass_filters(low_hz: Tensor, high_hz: Tensor, kernel_size: int) -> Tens
     return (low_pass(high_hz) - low_pass(low_hz)) * window
 
 
-def draw_band_mask(n_bands: int, generator: torch.Generator, *, max_width: int = 20) -> Tensor:
-    """Draw the frequency mask of the AASIST recipe: one run of bands, up to max_width - 1 wide, set to zero.
-
-    Returns:
-        (n_bands,) float mask of 0 and 1, for the `band_mask` of AASIST and RawNet2.
-    """
-    width = int(torch.randint(min(max_width, n_bands), (), generator=generator))
-    start = int(torch.randint(n_bands - width + 1, (), generator=generator))
-    mask = torch.ones(n_bands)
-    mask[start : start + width] = 0
-    return mask
-
-
 class SincFilters(nn.Module):
     """A bank of adjoining band-pass filters that covers 0 Hz to half the sample rate.
 

@@ -224,7 +224,7 @@ class AASIST(nn.Module):
 
         Args:
             waveform: (B, T) float in [-1, 1] at 16 kHz, T at least `min_samples`.
-            band_mask: 0/1 for every sinc filter, (sinc_filters,) or (B, sinc_filters); see `draw_band_mask`.
+            band_mask: 0/1 for every sinc filter, (sinc_filters,) or (B, sinc_filters); see `augment.draw_band_mask`.
 
         Returns:
             logits (B, 2), spoof and bona fide, and the embedding (B, 5 * branch_dim) they are read from.
