@@ -76,6 +76,8 @@ class Parameter:
                     f"parameter {self.name}: {text!r} is not a bool, expected true or false ({self.meaning})"
                 )
             return text.lower() == "true"
+        if self.type == "str" and (os.sep in text or "." in text) and Path(text).exists():
+            return str(Path(text).resolve())  # the notebook runs in its own folder, not where the user stands
         try:
             return TYPES[self.type](text)
         except ValueError:

@@ -23,7 +23,17 @@ from tests.conftest import DEMO_SCALE
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 RUNNER = NOTEBOOKS / "run.py"
 PAIRS = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.py"))
-QUICK = {"preset": "short", "epochs": 1, "crop_s": 1, "n_bootstrap": 50}  # small enough for two cores
+QUICK = {  # small enough for two cores
+    "models": "aasist-l,lfcc-lcnn",
+    "train_s": 1,
+    "n_eval": 8,
+    "preset": "short",
+    "epochs": 1,
+    "crop_s": 1,
+    "n_rescored": 8,
+    "n_hardest": 1,
+    "n_bootstrap": 50,
+}
 CELL_LINES = 20  # statements and their continuation lines; the style asks for about 15
 
 spec = importlib.util.spec_from_file_location("notebook_runner", RUNNER)
@@ -174,6 +184,16 @@ def test_a_parameters_cell_that_cannot_be_set_is_refused(tmp_path, line):
     notebook = write_notebook(tmp_path / "odd.ipynb", f"k: int = 1  # fine\n{line}")
     with pytest.raises(runner.RunError, match="odd.ipynb"):
         runner.read_parameters(notebook)
+
+
+def test_a_file_is_found_from_where_the_user_stands(tmp_path, monkeypatch):
+    (tmp_path / "AASIST.pth").touch()
+    (tmp_path / "aasist").mkdir()
+    monkeypatch.chdir(tmp_path)
+    parameter = runner.Parameter("weights", "str", "''", "weights file")
+    assert parameter.parse("AASIST.pth") == str(tmp_path / "AASIST.pth")
+    assert parameter.parse("aasist") == "aasist"  # a name, though a folder is called so
+    assert parameter.parse("a/b.pth") == "a/b.pth"
 
 
 def test_a_missing_corpus_folder_is_refused_before_anything_runs(toy, tmp_path):
