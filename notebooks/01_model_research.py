@@ -56,7 +56,7 @@ models: str = "aasist,aasist-l,rawnet2,rawnet2-learnable,lfcc-lcnn,lfcc-lcnn-lst
 train_s: float = 3.0  # training time given to each model, seconds; 600 on a GPU begins to mean something
 n_eval: int = 72  # eval trials each model is scored on
 clip_s: float = 1.0  # length of a training and of an evaluated clip in the comparison, seconds
-weights: str = ""  # weights of an AASIST, such as AASIST.pth, for the picture of its attention
+aasist_weights: str = ""  # weights of an AASIST, such as AASIST.pth, for the picture of its attention
 
 # %% [markdown]
 # ## What is published, and what is misquoted
@@ -327,8 +327,8 @@ if "rawnet2-learnable" in names:
 # Every node attends to every other by a learned affinity, and *graph pooling* then keeps the better part of the nodes.
 # The matrix shows one clip's temporal attention, the curve how much each span receives, the triangles what is kept.
 #
-# A barely trained model shows the mechanism only, so give `weights` the published `AASIST.pth` if you have it, and look
-# at the first span. In 50 bona fide development recordings of ASVspoof 2019 LA we found that it receives 13 times an
+# A barely trained model shows the mechanism only, so give `aasist_weights` the published `AASIST.pth` if you have it,
+# and look at the first span. In 50 bona fide development recordings of ASVspoof 2019 LA we found that it receives 13 times an
 # even share (median; 8 of 10 recordings between 11 and 14), in 50 spoofed ones 6 times (8 of 10 between 0.6 and 9).
 # That span is silence. Cut the leading silence off 25 bona fide recordings, and the share falls from 13 to 1, the log
 # odds of bona fide from 14 to -0.5: the published model calls 15 of the 25 spoofed. Give 25 spoofed ones the silence of
@@ -357,7 +357,7 @@ def temporal_attention(model, waveform):
 from deepfake_utils import load_model
 
 briefly = trained["aasist"].model if "aasist" in trained else load_model("aasist")
-detector = load_model("aasist", weights=weights) if weights else briefly
+detector = load_model("aasist", weights=aasist_weights) if aasist_weights else briefly
 for title, waveform in examples.items():
     clip = audio.fit_length(waveform, CROP_SAMPLES)
     attention, kept = temporal_attention(detector, clip)
@@ -392,7 +392,7 @@ result = {
     "notebook": "01_model_research",
     "corpus": {"name": corpus.name, "kind": corpus.kind, "fingerprint": corpus.fingerprint()},
     "metrics": {"models": by_model},
-    "config": {"train_s": train_s, "n_eval": len(trials), "clip_s": clip_s, "weights": weights, "seed": seed},
+    "config": {"train_s": train_s, "n_eval": len(trials), "clip_s": clip_s, "seed": seed},
     "machine": describe_machine(device.device),
 }
 with atomic_write(results / "result.json") as part:

@@ -53,7 +53,7 @@ demo_scale: float = 1.0  # size of the demo corpus, fraction of the full one
 seed: int = 0  # seed of every random draw
 train_dir: str = ""  # folder notebook 02 wrote; empty: run_dir/02_train, then an attached Kaggle output
 weights: str = ""  # weights file to analyse instead of notebook 02's result, for example AASIST.pth
-model: str = ""  # its architecture, where the file does not say it
+weights_model: str = ""  # its architecture, where the file does not say it
 scores: str = ""  # score file with dev and eval trials; without weights, what needs a model is left out
 second_weights: str = ""  # weights of a second system to compare and fuse; empty: a quick LFCC baseline
 second_model: str = ""  # its architecture, where the file does not say it
@@ -124,9 +124,9 @@ trained = finished[0] if finished and not (weights or scores) else None
 if not (weights or scores or trained):
     looked = ", ".join(map(str, places))
     raise CheckpointError(f"No scores to analyse in {looked}: run notebook 02 into the same run_dir, name its 02_train "
-                          "folder as train_dir, or give weights (and model), or a score file as scores.")  # fmt: skip
+                          "folder as train_dir, or give weights (and weights_model), or a score file as scores.")  # fmt: skip
 weights_file = weights or (find_in(trained, "best.safetensors") if trained else "")
-detector = load_model(model or None, weights=weights_file) if weights_file else None
+detector = load_model(weights_model or None, weights=weights_file) if weights_file else None
 
 
 # %%

@@ -114,6 +114,15 @@ def test_parameters_are_those_papermill_sees(script):
     assert {"data", "run_dir", "demo_scale", "seed"} <= parameters.keys()
 
 
+def test_a_parameter_of_one_name_means_one_thing():
+    """`-p NAME VALUE` reaches every notebook that has the name."""
+    meanings = {}
+    for script in PAIRS:
+        for parameter in runner.read_parameters(script.with_suffix(".ipynb")).values():
+            meanings.setdefault(parameter.name, set()).add((parameter.type, parameter.default, parameter.meaning))
+    assert [name for name, lines in meanings.items() if len(lines) > 1] == []
+
+
 # The runner, on notebooks of a few lines.
 
 
