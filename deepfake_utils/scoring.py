@@ -18,7 +18,6 @@ from deepfake_utils.runtime import pick_device
 from deepfake_utils.waveforms import open_source
 from deepfake_utils.waveforms.batches import eval_batches
 
-AUDIO_SUFFIXES = frozenset({".flac", ".wav", ".mp3", ".m4a", ".ogg", ".opus", ".aac", ".aif", ".aiff", ".wma"})
 SCORE_KIND = "logit of bona fide, higher is more bona fide"
 
 
@@ -181,7 +180,7 @@ def find_audio(paths: str | os.PathLike | Iterable[str | os.PathLike]) -> list[P
     found: list[Path] = []
     for path in map(Path, given):
         if path.is_dir():
-            found += sorted(p for p in path.rglob("*") if p.suffix.lower() in AUDIO_SUFFIXES and p.is_file())
+            found += sorted(p for p in path.rglob("*") if p.suffix.lower() in audio.AUDIO_SUFFIXES and p.is_file())
         elif path.exists():
             found.append(path)
         else:
@@ -189,7 +188,7 @@ def find_audio(paths: str | os.PathLike | Iterable[str | os.PathLike]) -> list[P
     if not found:
         raise AudioError(
             f"no audio file in {', '.join(map(str, given)) or 'an empty list'}: "
-            f"looked for {', '.join(sorted(AUDIO_SUFFIXES))}"
+            f"looked for {', '.join(audio.AUDIO_SUFFIXES)}"
         )
     return list(dict.fromkeys(found))
 

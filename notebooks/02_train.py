@@ -119,6 +119,7 @@ for title, waveform in examples.items():
 # next cell says what is done instead. Nothing is shortened silently.
 
 # %%
+from deepfake_utils.analysis import proportional_subset
 from deepfake_utils.capacity import Plan, plan_run
 from deepfake_utils.config import RECIPES
 from deepfake_utils.runtime import pick_device
@@ -136,14 +137,8 @@ print(f"Device: {device.reason}", *plan.why, sep="\n")
 chosen = {"epochs": epochs, "batch_size": batch_size, "crop_samples": round(crop_s * SAMPLE_RATE_HZ)}
 config = plan.config.replace(**{name: value for name, value in chosen.items() if value})
 
-
-def draw(protocol, n):
-    """All trials, or n of them with each attack in proportion."""
-    share = min(1.0, n / len(protocol))
-    return protocol.groupby("attack").sample(frac=share, random_state=seed).sort_index().reset_index(drop=True)
-
-
-train, dev, evaluation = draw(train, plan.n_train), draw(dev, plan.n_dev), draw(evaluation, plan.n_eval)
+draws = ((train, plan.n_train), (dev, plan.n_dev), (evaluation, plan.n_eval))  # all trials, where the plan takes all
+train, dev, evaluation = (proportional_subset(protocol, n, seed) for protocol, n in draws)
 print(f"{len(train)} train, {len(dev)} dev and {len(evaluation)} eval trials")
 display(config.to_dict())
 

@@ -65,7 +65,7 @@ def bare_steps(config: TrainingConfig, device: torch.device, n_steps: int) -> fl
 
 def measure(train, dev, config: TrainingConfig, device: torch.device, n_bare: int) -> dict:
     """One line of the table: epochs through the loop, with bare steps before, between and after them."""
-    bare, loop = [bare_steps(config, device, n_bare)], []
+    bare = [bare_steps(config, device, n_bare)]
     with tempfile.TemporaryDirectory() as folder:
 
         def after_epoch(history: pd.DataFrame) -> None:
