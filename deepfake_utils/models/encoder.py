@@ -22,7 +22,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from deepfake_utils.frontends.sinc import SincFilters
-from deepfake_utils.models.fused import FirstBlockTiles, LaterBlockTiles, PatchMoments, run_block
+from deepfake_utils.models.fused import (
+    SELU_ALPHA,
+    SELU_SCALE,
+    FirstBlockTiles,
+    LaterBlockTiles,
+    PatchMoments,
+    run_block,
+)
 from deepfake_utils.models.tiling import run_tiles
 
 
@@ -45,6 +52,15 @@ def n_values(x: Tensor) -> int:
 def frames_first(conv: nn.Conv2d) -> tuple[Tensor, Tensor]:
     """Weight and bias of a convolution for maps (B, channels, frames, bands), as in `tiling`."""
     return conv.weight.transpose(2, 3), conv.bias
+
+
+def fold_shortcut(conv: nn.Conv2d, shortcut: nn.Conv2d | None) -> tuple[Tensor, ...]:
+    """`frames_first` of conv, for an argument without SELU's scale, and of the shortcut, with one bias for both."""
+    weight, bias = frames_first(conv)
+    if shortcut is None:
+        return SELU_SCALE * weight, bias
+    shortcut_weight, shortcut_bias = frames_first(shortcut)
+    return SELU_SCALE * weight, bias + shortcut_bias, shortcut_weight
 
 
 def fold_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,14 +95,14 @@ class ResidualBlock(nn.Module):
         if not x.is_cpu or torch.jit.is_tracing() or (torch.is_grad_enabled() and not self.training):
             return self.plain(x)
         x = x.transpose(2, 3).contiguous(memory_format=torch.channels_last)
-        convs = *frames_first(self.conv2), *(frames_first(self.shortcut) if self.widens else ())
+        convs = fold_shortcut(self.conv2, self.shortcut if self.widens else None)
         if self.training:
             norm = self.norm.weight, self.norm.bias, self.norm.eps
             out, mean, var = LaterBlockTiles.apply(x, *frames_first(self.conv1), *norm, *convs)
             count_batch(self.norm, mean, var, n_values(x))
             return F.max_pool2d(out, (3, 1)).transpose(2, 3)
         weight, bias = fold_norm(self.conv1, self.norm, self.norm.running_mean, self.norm.running_var)
-        return run_tiles(run_block, x, weight, bias, *convs).transpose(2, 3)
+        return run_tiles(run_block, x, len(bias), weight, bias - SELU_ALPHA, *convs).transpose(2, 3)
 
 
 class FirstBlock(ResidualBlock):
@@ -103,8 +119,8 @@ class FirstBlock(ResidualBlock):
         weight, bias = fold_norm(self.conv1, self.norm, *self._statistics(x))
         if not x.is_cpu:
             return self._whole(x, weight, bias)
-        convs = *frames_first(self.conv2), *frames_first(self.shortcut)
-        return FirstBlockTiles.apply(x, weight, bias, *convs).transpose(2, 3)
+        convs = fold_shortcut(self.conv2, self.shortcut)
+        return FirstBlockTiles.apply(x, weight, bias - SELU_ALPHA, *convs).transpose(2, 3)
 
     def _whole(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """The block on x (B, 1, frames, bands) without tiles: a GPU wants whole maps, channels last."""

@@ -8,6 +8,8 @@ kept for the backward pass.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,28 +17,22 @@ from torch import Tensor
 from deepfake_utils.models.tiling import Span, Tile, run_tiles, side_by_side, spans_of, tiles_of
 
 PLACES = tuple((i, j) for i in (0, 1, 2) for j in (0, 1))  # of the values of a patch of 3 frames x 2 bands
-CACHED_VALUES = 2**16  # that a chain of operations leaves in a core's nearest caches
 SELU_ALPHA, SELU_SCALE = 1.6732632423543772, 1.0507009873554805  # arXiv 1706.02515, equation 14
 
 
-def selu_(x: Tensor) -> Tensor:
-    """F.selu in place on a channels-last map: F.selu spends its time in expm1, and exp is several times faster."""
-    for part in _rows(x).view(-1).split(CACHED_VALUES):
-        below = part.clamp(max=0).exp_().sub_(1)
-        part.clamp_(min=0).add_(below, alpha=SELU_ALPHA).mul_(SELU_SCALE)
-    return x
+def elu_(lowered: Tensor) -> Tensor:
+    """ELU of lowered + SELU_ALPHA, in place: SELU without its scale, which the next convolution's weight can hold.
+
+    F.selu spends its time in expm1. With an argument lowered by alpha (which a bias can do) and alpha exp(alpha) in
+    place of alpha, nothing need be subtracted from exp, and four quick operations are left.
+    """
+    below = lowered.clamp(max=-SELU_ALPHA).exp_()
+    return lowered.clamp_(min=-SELU_ALPHA).add_(below, alpha=SELU_ALPHA * math.exp(SELU_ALPHA))
 
 
-def selu_backward(grad: Tensor, result: Tensor) -> Tensor:
-    """The gradient of SELU's argument from that of its result."""
-    return torch.ops.aten.elu_backward(grad, SELU_ALPHA, SELU_SCALE, 1, True, result)
-
-
-def largest_of_three(x: Tensor) -> Tensor:
-    """F.max_pool2d(x, (3, 1)), several times faster as it need not say which of the three it was."""
-    stop = x.shape[2] // 3 * 3
-    largest = torch.maximum(x[:, :, 0:stop:3], x[:, :, 1:stop:3])
-    return torch.maximum(largest, x[:, :, 2:stop:3], out=largest)
+def elu_backward(grad: Tensor, result: Tensor) -> Tensor:
+    """The gradient of ELU's argument from that of its result."""
+    return torch.ops.aten.elu_backward(grad, SELU_ALPHA, 1, 1, True, result)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -95,14 +91,13 @@ class FirstBlockTiles(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, *parameters):
         ctx.save_for_backward(x, *parameters)
-        return run_tiles(FirstBlockTiles.run, x, *parameters)
+        return run_tiles(FirstBlockTiles.run, x, len(parameters[0]), *parameters)
 
     @staticmethod
     def hidden(patches: Tensor, tile: Tile, weight: Tensor, bias: Tensor) -> Tensor:
-        """SELU of conv1, (B, channels, frames, bands + 1)."""
-        hidden = torch.addmm(bias, patches.flatten(1).T, weight.flatten(1).T)
-        hidden = hidden.view(*patches.shape[1:], -1).permute(0, 3, 1, 2)
-        return selu_(tile.clear_outside(hidden))
+        """ELU of conv1, (B, channels, frames, bands + 1)."""
+        hidden = elu_(torch.addmm(bias, patches.flatten(1).T, weight.flatten(1).T))
+        return tile.clear_outside(hidden.view(*patches.shape[1:], -1).permute(0, 3, 1, 2))
 
     @staticmethod
     def shortcut_patches(patches: Tensor) -> Tensor:
@@ -110,19 +105,18 @@ class FirstBlockTiles(torch.autograd.Function):
         return patches[1::2, :, 1:-1, :-1].flatten(1)
 
     @staticmethod
-    def output(patches, hidden, weight2, bias2, shortcut_weight, shortcut_bias) -> Tensor:
+    def output(patches, hidden, weight2, bias2, shortcut_weight) -> Tensor:
         """conv2 plus the shortcut, before pooling."""
-        out = _rows(F.conv2d(hidden, weight2, bias2 + shortcut_bias)).contiguous()
+        out = _rows(F.conv2d(hidden, weight2, bias2)).contiguous()
         seen = FirstBlockTiles.shortcut_patches(patches)
         out.view(-1, out.shape[3]).addmm_(seen.T, shortcut_weight.flatten(1).T)
         return out.permute(0, 3, 1, 2)
 
     @staticmethod
     def run(part, tile, weight, bias, *rest) -> Tensor:
-        """The tile's output."""
+        """The tile's output, before pooling."""
         patches = patches_of(part, tile.padding)
-        hidden = FirstBlockTiles.hidden(patches, tile, weight, bias)
-        return largest_of_three(FirstBlockTiles.output(patches, hidden, *rest))
+        return FirstBlockTiles.output(patches, FirstBlockTiles.hidden(patches, tile, weight, bias), *rest)
 
     @staticmethod
     def run_backward(part, tile, grad, weight, bias, *rest) -> tuple[Tensor, ...]:
@@ -130,14 +124,14 @@ class FirstBlockTiles(torch.autograd.Function):
         patches = patches_of(part, tile.padding)
         hidden = FirstBlockTiles.hidden(patches, tile, weight, bias)
         out = FirstBlockTiles.output(patches, hidden, *rest)
-        weight2, _, shortcut_weight, _ = rest
+        weight2, _, shortcut_weight = rest
 
         _, index = F.max_pool2d(out, (3, 1), return_indices=True)
         out_grad = torch.ops.aten.max_pool2d_with_indices_backward(
             grad, out, (3, 1), (3, 1), (0, 0), (1, 1), False, index
         )
         hidden_grad, weight2_grad, bias2_grad = conv_gradient(out_grad, hidden, weight2, (0, 0), (True, True, True))
-        rows = _rows(tile.clear_outside(selu_backward(hidden_grad, hidden))).flatten(0, 2)
+        rows = _rows(tile.clear_outside(elu_backward(hidden_grad, hidden))).flatten(0, 2)
         out_rows = _rows(out_grad).flatten(0, 2)
 
         patch_grad = (rows @ weight.flatten(1)).T.reshape(patches.shape)
@@ -149,7 +143,7 @@ class FirstBlockTiles(torch.autograd.Function):
         weight_grad = (patches.flatten(1) @ rows).T.reshape(weight.shape)
         seen = FirstBlockTiles.shortcut_patches(patches)
         shortcut_weight_grad = (seen @ out_rows).T.reshape(shortcut_weight.shape)
-        return part_grad, weight_grad, rows.sum(0), weight2_grad, bias2_grad, shortcut_weight_grad, bias2_grad
+        return part_grad, weight_grad, rows.sum(0), weight2_grad, bias2_grad, shortcut_weight_grad
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -211,12 +205,12 @@ class PatchMoments(torch.autograd.Function):
 
 
 def run_block(part: Tensor, tile: Tile, weight1, bias1, weight2, bias2, *shortcut) -> Tensor:
-    """A tile's output of a residual block whose norm is folded into the first convolution."""
+    """A tile's output, before pooling, of a residual block whose norm is folded into the first convolution."""
     if any(tile.padding):
         part = F.pad(part, (0, 0, *tile.padding))
-    hidden = selu_(tile.clear_outside(F.conv2d(part, weight1, bias1, padding=(0, 1))))
+    hidden = tile.clear_outside(elu_(F.conv2d(part, weight1, bias1, padding=(0, 1))))
     out = F.conv2d(hidden, weight2, bias2)
-    return largest_of_three(out.add_(F.conv2d(part[:, :, 1:-1], *shortcut) if shortcut else part[:, :, 2:-2]))
+    return out.add_(F.conv2d(part[:, :, 1:-1], *shortcut) if shortcut else part[:, :, 2:-2])
 
 
 class LaterBlockTiles(torch.autograd.Function):
@@ -244,7 +238,7 @@ class LaterBlockTiles(torch.autograd.Function):
         var = squares / count
         inverse_deviation = (var + eps).rsqrt()
         scale = gamma * inverse_deviation
-        shift = beta - mean * scale
+        shift = beta - mean * scale - SELU_ALPHA
 
         def second_half(span: Span):
             part = F.conv2d(activate(span, pre, scale, shift), weight2, bias2)
@@ -269,14 +263,14 @@ class LaterBlockTiles(torch.autograd.Function):
         def second_half(span: Span):
             grad, hidden = span.around(out_grad), activate(span, pre, scale, shift)
             inner, inner_grad = hidden[:, :, 1:-1], grad[:, :, 1:-1]
-            part = selu_backward(gradient_of_input(grad, inner, weight2, 0), inner)
+            part = elu_backward(gradient_of_input(grad, inner, weight2, 0), inner)
             span.of(norm_grad).copy_(part)
             rows = _rows(part)
             sums = [rows.sum((0, 1, 2)), (rows * (_rows(span.of(pre)) - mean)).sum((0, 1, 2))]
             sums += gradient_of_weight(inner_grad, hidden, weight2, 0)
             if shortcut:
                 span.of(x_grad).copy_(gradient_of_input(grad, span.of(x), shortcut[0], 0))
-                sums += gradient_of_weight(inner_grad, span.around(x), shortcut[0], 0)
+                sums.append(gradient_of_weight(inner_grad, span.around(x), shortcut[0], 0)[0])
             else:
                 span.of(x_grad).copy_(inner_grad)
             return sums
@@ -303,9 +297,9 @@ def _products(left: Tensor, right: Tensor) -> Tensor:
 
 
 def activate(span: Span, pre: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """SELU(scale * pre + shift) of the span and a frame on either side, zero outside of the map."""
-    hidden = torch.addcmul(shift, _rows(span.around(pre)), scale).permute(0, 3, 1, 2)
-    return selu_(span.clear_outside(hidden))
+    """ELU(scale * pre + shift + SELU_ALPHA) of the span and a frame on either side, zero outside of the map."""
+    hidden = elu_(torch.addcmul(shift, _rows(span.around(pre)), scale)).permute(0, 3, 1, 2)
+    return span.clear_outside(hidden)
 
 
 def merge_moments(parts) -> tuple[int, Tensor, Tensor]:

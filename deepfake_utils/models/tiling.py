@@ -101,16 +101,23 @@ def spans_of(x: Tensor) -> list[Span]:
     ]
 
 
-def run_tiles(run: Callable[..., Tensor], x: Tensor, *parameters: Tensor) -> Tensor:
-    """Put together what `run(tile.cut(x), tile, *parameters)` returns for every tile of x, without gradient."""
+def run_tiles(run: Callable[..., Tensor], x: Tensor, n_channels: int, *parameters: Tensor) -> Tensor:
+    """The largest of every 3 frames of what `run(tile.cut(x), tile, *parameters)` returns, for all tiles of x."""
     tiles = tiles_of(x)
-    whole = None
-    for tile, part in zip(tiles, side_by_side(lambda t: run(t.cut(x), t, *parameters), tiles), strict=True):
-        if whole is None:
-            shape = (len(x), part.shape[1], x.shape[2] // 3, part.shape[3])
-            whole = torch.empty(shape, dtype=part.dtype, memory_format=torch.channels_last)
-        whole[tile.utterances, :, tile.start : tile.stop] = part
-    return whole
+    shape = (len(x), n_channels, x.shape[2] // 3, x.shape[3])
+    pooled = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
+
+    def run_one(tile: Tile) -> None:
+        largest_of_three(run(tile.cut(x), tile, *parameters), pooled[tile.utterances, :, tile.start : tile.stop])
+
+    for _ in side_by_side(run_one, tiles):
+        pass
+    return pooled
+
+
+def largest_of_three(x: Tensor, out: Tensor) -> None:
+    """F.max_pool2d(x, (3, 1)) written to `out`, several times faster as it need not say which of the three it was."""
+    torch.maximum(torch.maximum(x[:, :, 0::3], x[:, :, 1::3], out=out), x[:, :, 2::3], out=out)
 
 
 def side_by_side(function: Callable[[Any], Any], items: list) -> Iterable[Any]:
