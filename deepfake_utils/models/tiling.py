@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-TILE_FRAMES = 768  # of one utterance with 24 bands and 32 channels: 2.4 MB
+TILE_FRAMES = 1024  # of one utterance with 24 bands and 32 channels: 3.1 MB
 HALO_FRAMES = 2  # an output frame of a block depends on its own three input frames and two on either side
 
 
