@@ -16,8 +16,9 @@ from torch import nn
 from deepfake_utils.config import RECIPES, TrainingConfig
 from deepfake_utils.conventions import CROP_SAMPLES, SAMPLE_RATE_HZ, TrainingError
 from deepfake_utils.models import build_model
-from deepfake_utils.runtime import Precision, free_memory_bytes, pick_precision
+from deepfake_utils.runtime import Precision, free_device_bytes, pick_precision
 
+SCORING_BATCH = 16  # utterances, as in `scoring`
 CPU_PROBE = 2  # utterances: on a CPU the time is proportional to the batch, so a small one is enough
 LONG_STEP_S = 1.0  # a first step this long is the measurement: its warm-up no longer matters
 MEMORY_SHARE = 0.8  # of what is free, for the automatic batch size
@@ -61,18 +62,44 @@ class Projection:
 def measure(
     model: nn.Module, config: TrainingConfig, batch_size: int, device: torch.device, precision: Precision
 ) -> Cost:
-    """Time a few training and scoring steps on noise; the model and the random state are left untouched."""
+    """Time a few training and scoring steps on noise; the model and the random state are left untouched.
+
+    Raises:
+        TrainingError: the device's memory does not hold a step of two utterances.
+    """
     probe = batch_size if device.type == "cuda" else min(CPU_PROBE, batch_size)
-    with torch.random.fork_rng():
+    while True:
+        try:
+            return _measure(model, config, probe, device, precision)
+        except torch.OutOfMemoryError:
+            if probe <= 2:
+                raise TrainingError(_nothing_fits(config, "out of memory")) from None
+        probe = max(2, probe // 2)  # here, where the error no longer holds the step's tensors
+        torch.cuda.empty_cache()
+
+
+def _measure(model, config: TrainingConfig, probe: int, device: torch.device, precision: Precision) -> Cost:
+    with _fork_rng(device):
         twin = copy.deepcopy(model).to(device)
         generator = torch.Generator().manual_seed(0)
         crop = (0.1 * torch.randn(probe, config.crop_samples, generator=generator)).to(device)
-        full = (0.1 * torch.randn(probe, config.eval_samples, generator=generator)).to(device)
+        full = (0.1 * torch.randn(min(probe, SCORING_BATCH), config.eval_samples, generator=generator)).to(device)
         step_s, step_bytes = _time_training(twin, crop, device, precision)
         twin.eval()
         with torch.no_grad():
             score_s = _best_time(lambda: twin(full), device)
-    return Cost(step_s / probe, score_s / probe, step_bytes)
+    if config.sam_rho:
+        step_s *= 2  # every step is taken twice
+    return Cost(step_s / probe, score_s / len(full), step_bytes)
+
+
+def _fork_rng(device: torch.device):
+    """Leave the random state of the CPU and of this device, and of no other, as it was."""
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+
+
+def _nothing_fits(config: TrainingConfig, why: str) -> str:
+    return f"not even 2 utterances of {config.crop_samples} samples fit: {why}; choose shorter crops or a smaller model"
 
 
 def _time_training(
@@ -208,42 +235,42 @@ def _recipe_batch(config: TrainingConfig) -> int:
 
 def settle_batch_size(
     model: nn.Module, config: TrainingConfig, device: torch.device, precision: Precision, say: Callable[[str], None]
-) -> tuple[int, float]:
-    """The batch size to train with and the factor on the learning rate; "auto" is measured.
+) -> int:
+    """The batch size to train with: the configured number, or for "auto" what fits, measured.
 
     "auto" runs a step with two small batches, reads the bytes each takes, and extrapolates to `MEMORY_SHARE` of
-    the free memory. Adam's rate grows with the square root of the batch (Malladi et al. 2022, arXiv 2205.10287).
+    the free memory.
     """
     recipe = TrainingConfig().batch_size
     if config.batch_size != "auto":
-        return config.batch_size, 1.0
+        return config.batch_size
     small, large = 2, 6
+    step_bytes(model, config, small, device, precision)  # the first step also takes libraries' workspaces
     bytes_small, bytes_large = (step_bytes(model, config, n, device, precision) for n in (small, large))
     per_utterance = max(1, (bytes_large - bytes_small) // (large - small))
     fixed = max(0, bytes_small - small * per_utterance)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory_bytes()
+    free = free_device_bytes(device)
     fitting = int((MEMORY_SHARE * free - fixed) // per_utterance)
     if fitting < 2:
         raise TrainingError(
-            f"not even 2 utterances of {config.crop_samples} samples fit: a step needs {per_utterance / 2**20:.0f} MiB each and "
-            f"{free / 2**20:.0f} MiB are free; choose shorter crops or a smaller model"
+            _nothing_fits(
+                config, f"a step needs {per_utterance / 2**20:.0f} MiB each and {free / 2**20:.0f} MiB are free"
+            )
         )
     size = min(fitting, LARGEST_BATCH_RATIO * recipe)
     size = size // 8 * 8 if size >= 8 else size
-    scale = math.sqrt(size / recipe)
     say(
         f"batch:     {size} utterances: {per_utterance / 2**20:.0f} MiB each, {free / 2**30:.1f} GiB free, {MEMORY_SHARE:.0%} of it used at most"
-        f"{', capped at ' + str(LARGEST_BATCH_RATIO) + ' times the recipe' if size < fitting // 8 * 8 else ''}; "
-        f"learning rate times {scale:.2f} (square root of {size}/{recipe})"
+        f"{', capped at ' + str(LARGEST_BATCH_RATIO) + ' times the recipe' if size < fitting // 8 * 8 else ''}"
     )
-    return size, scale
+    return size
 
 
 def step_bytes(
     model: nn.Module, config: TrainingConfig, batch_size: int, device: torch.device, precision: Precision
 ) -> int:
     """Memory of one training step: read from the allocator on CUDA, the saved activations' size on the CPU."""
-    with torch.random.fork_rng():
+    with _fork_rng(device):
         twin = copy.deepcopy(model).to(device).train()
         waveform = torch.zeros(batch_size, config.crop_samples, device=device)
         if device.type == "cuda":
@@ -285,7 +312,7 @@ def gpu_utilisation(device: torch.device) -> float:
         return math.nan
     try:
         return torch.cuda.utilization(device) / 100
-    except (ImportError, RuntimeError):  # no nvidia-ml-py, or a driver that does not tell
+    except Exception:  # no nvidia-ml-py, or a driver that does not tell: its errors are of its own class
         return math.nan
 
 

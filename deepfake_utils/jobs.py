@@ -80,8 +80,8 @@ def fit_seeds(
         TrainingError: a run failed; the end of its log is in the text.
     """
     folders = {seed: write_job(Path(run_dir) / f"seed_{seed}", train, dev, config.replace(seed=seed)) for seed in seeds}
-    n_gpus = torch.cuda.device_count() if device != "cpu" else 0
-    slots = [str(index) for index in range(n_gpus)] or [""]
+    slots = _gpus(device) or [""]
+    n_gpus = len(slots)
     say(f"{len(folders)} seeds, {f'{n_gpus} at a time, one per GPU' if n_gpus > 1 else 'one after another'}")
     waiting, running = list(folders.items()), {}
     try:
@@ -102,12 +102,24 @@ def fit_seeds(
     return pd.DataFrame([_summary(seed, folder) for seed, folder in folders.items()])
 
 
+def _gpus(device: str) -> list[str]:
+    """What CUDA_VISIBLE_DEVICES calls each GPU that `device` allows."""
+    if device == "cpu":
+        return []
+    n_gpus = torch.cuda.device_count()
+    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    names = visible[:n_gpus] or [str(index) for index in range(n_gpus)]
+    _, colon, index = device.partition(":")
+    return [names[int(index)]] if colon else names
+
+
 def _start(folder: Path, gpu: str, device: str) -> subprocess.Popen:
     package = Path(__file__).resolve().parents[1]
     paths = [str(package), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in paths if p), "PYTHONUNBUFFERED": "1"}
     if gpu:
         environment["CUDA_VISIBLE_DEVICES"] = gpu
+        device = "cuda" if device != "auto" else device  # it sees this one only
     command = [sys.executable, "-m", "deepfake_utils", "train", str(folder), "--device", device]
     with open(folder / "log.txt", "ab") as log:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)

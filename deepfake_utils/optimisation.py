@@ -109,9 +109,13 @@ class SharpnessAware:
 
     @torch.no_grad()
     def climb(self) -> None:
-        """Move the weights by rho along their normalised gradient and clear the gradient."""
+        """Move the weights by rho along their normalised gradient and clear the gradient.
+
+        Where a gradient has overflowed (float16) the weights stay: NaN could not be taken back by `descend`.
+        """
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        self._climb = [None if p.grad is None else p.grad * (self.rho / (norm + 1e-12)) for p in self.parameters]
+        scale = self.rho / (norm + 1e-12) if norm.isfinite() else torch.zeros_like(norm)
+        self._climb = [None if p.grad is None else (p.grad * scale).nan_to_num_(0, 0, 0) for p in self.parameters]
         for parameter, offset in zip(self.parameters, self._climb, strict=True):
             if offset is not None:
                 parameter.add_(offset)

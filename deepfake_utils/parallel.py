@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import nn
+
+LONGEST_WAIT = timedelta(hours=6)  # the other processes wait while the first one scores dev
 
 
 class World:
@@ -31,7 +34,10 @@ class World:
 
     def __enter__(self) -> World:
         if self.size > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+            if self.local_rank < torch.cuda.device_count():
+                torch.cuda.set_device(self.local_rank)  # NCCL takes the current device
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            dist.init_process_group(backend, timeout=LONGEST_WAIT)
             self._owns_group = True
         return self
 
@@ -63,6 +69,11 @@ class World:
         value = value.clone()
         dist.all_reduce(value)
         return value
+
+    def average_gradients(self, module: nn.Module) -> None:
+        """The mean of every gradient over all processes, for a module outside of `wrap`."""
+        for parameter in module.parameters():
+            parameter.grad = self.sum(parameter.grad) / self.size
 
     def broadcast(self, value: float) -> float:
         """Rank 0's value, everywhere."""

@@ -52,6 +52,9 @@ def pick_device(request: str = "auto") -> Device:
     Args:
         request: "auto", "cpu", "cuda" or "cuda:N". "auto" takes a GPU that passes `preflight`, else the CPU.
 
+    On a GPU, convolutions in float32 are made exact from here on: by default PyTorch rounds their inputs to
+    10 bits (TF32), which moves logits in the third digit.
+
     Raises:
         ConfigError: a GPU was asked for by name and is absent or cannot run this PyTorch.
     """
@@ -66,8 +69,13 @@ def pick_device(request: str = "auto") -> Device:
             )
         return Device(torch.device("cpu"), f"CPU with {torch.get_num_threads()} threads: PyTorch sees no CUDA GPU")
     device = torch.device("cuda:0" if request in ("auto", "cuda") else request)
+    if device.index >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device {request!r} was asked for, but there are {torch.cuda.device_count()} GPUs, from cuda:0"
+        )
     problem = preflight(device)
     if problem is None:
+        torch.backends.cudnn.allow_tf32 = False
         properties = torch.cuda.get_device_properties(device)
         return Device(device, f"{properties.name}, {properties.total_memory / 2**30:.1f} GiB, preflight passed")
     if request != "auto":
@@ -109,6 +117,8 @@ def unsupported_architecture(name: str, capability: tuple[int, int], architectur
     major, minor = capability
     for architecture in architectures:
         kind, _, digits = architecture.partition("_")
+        if kind not in ("sm", "compute"):  # another maker's names, as on ROCm: the convolution will tell
+            return None
         number = "".join(c for c in digits if c.isdigit())
         built_major, built_minor = int(number[:-1]), int(number[-1])
         if kind == "sm" and built_major == major and built_minor <= minor:
@@ -187,6 +197,15 @@ def memory_limit_bytes(cgroup_root: Path = CGROUP_ROOT) -> int:
     for folder in _cgroup_folders(cgroup_root):
         limits += [_read_bytes(folder / "memory.max"), _read_bytes(folder / "memory.limit_in_bytes")]
     return min(limit for limit in limits if limit)
+
+
+def free_device_bytes(device: torch.device | str) -> int:
+    """Memory of a device that can still be taken; on a GPU also what PyTorch holds in reserve."""
+    device = torch.device(device)
+    if device.type != "cuda":
+        return free_memory_bytes()
+    reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + reserve
 
 
 def free_memory_bytes(cgroup_root: Path = CGROUP_ROOT) -> int:

@@ -75,7 +75,7 @@ class Session:
             model if model is not None else build_model(config.model, generator=generator, **config.model_options)
         )
         self.criterion = build_loss(config.loss, embedding_dim(self.model), **_loss_options(config, generator))
-        self.model.to(self.device), self.criterion.to(self.device)
+        self.model.to(self.device).train(), self.criterion.to(self.device)
         seed_everything(config.seed + world.rank)
         self.state, self.micro_batches = State(), 1
         self.n_bands = _sinc_bands(self.model) if config.band_mask else 0
@@ -89,31 +89,50 @@ class Session:
     # ---- before the first step -------------------------------------------------------------------------
 
     def prepare(self, waveforms_dir: Path) -> None:
-        """Open the waveforms, settle the batch size, restore a checkpoint, say what is going to happen."""
+        """Restore a checkpoint, open the waveforms, settle the batch size, say what is going to happen."""
         config = self.config
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        self.source = open_source(self.train, kind=config.data_path, folder=waveforms_dir, device=self.device)
-        self.dev_source = open_source(self.dev, kind=config.data_path, folder=waveforms_dir, device=self.device)
-        self.say(f"waveforms: {self.source.describe()}")
-        self.batch_size, rate_scale = capacity.settle_batch_size(
-            self.model, config, self.device, self.precision, self.say
-        )
-        self.batch_size = min(self.batch_size, len(self.train))
-        self.rates = config.replace(learning_rate=config.learning_rate * rate_scale)
+        self.augment = build_augmentation(config.augmentation, **config.augmentation_options)
+        saved = None
+        if self.resume and self.checkpoint_path.is_file():
+            saved = load_training_state(self.checkpoint_path)
+        self._settle_batch_size(saved)
         self.steps_per_epoch = len(self.train) // self.batch_size
         self.total_steps = self.steps_per_epoch * config.epochs
         self.optimizer = build_optimizer(self.model, self.criterion, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision.needs_scaler)
         self.average = build_average(self.model, config)
         self.sam = SharpnessAware(self.optimizer, config.sam_rho) if config.sam_rho else None
-        self.parallel = self.world.wrap(self.model, self.device)
-        self.augment = build_augmentation(config.augmentation, **config.augmentation_options)
         self.labels = self.train["label"].to_numpy()
         self.sampling = balanced_weights(self.labels) if config.sampling == "balanced" else None
-        if self.resume and self.checkpoint_path.is_file():
-            self.restore(load_training_state(self.checkpoint_path))
-        if not self.state.stopped and self.state.epoch < config.epochs:
-            self._say_projection()
+        if saved is not None:
+            self.restore(saved)
+        if self.is_finished:
+            return
+        self.source = open_source(self.train, kind=config.data_path, folder=waveforms_dir, device=self.device)
+        self.dev_source = open_source(self.dev, kind=config.data_path, folder=waveforms_dir, device=self.device)
+        self.say(f"waveforms: {self.source.describe()}")
+        self._say_projection()
+        self.parallel = self.world.wrap(self.model, self.device)  # last: measuring alone must not wait for others
+
+    @property
+    def is_finished(self) -> bool:
+        return bool(self.state.stopped) or self.state.epoch >= self.config.epochs
+
+    def _settle_batch_size(self, saved: dict | None) -> None:
+        """The batch size of the run and the rates that belong to it; a continued run keeps those it began with."""
+        config, recipe = self.config, TrainingConfig().batch_size
+        if saved is not None:
+            size = saved["batch_size"]
+        else:
+            size = capacity.settle_batch_size(self.model, config, self.device, self.precision, self.say)
+        self.batch_size = self.world.broadcast(min(size, len(self.train)))
+        high = config.learning_rate
+        if config.batch_size == "auto":
+            scale = math.sqrt(self.batch_size / recipe)  # Adam's rule: Malladi et al. 2022, arXiv 2205.10287
+            high *= scale
+            self.say(f"rate:      times {scale:.2f}, the square root of {self.batch_size}/{recipe} utterances")
+        self.rates = config.replace(learning_rate=high, learning_rate_min=min(config.learning_rate_min, high))
 
     def _say_projection(self) -> None:
         cost = capacity.measure(self.model, self.config, self.batch_size, self.device, self.precision)
@@ -145,7 +164,9 @@ class Session:
                 loss = self._gradient(batch, band_mask)
                 break
             except torch.OutOfMemoryError:
-                self._halve_micro_batch(len(batch.target))
+                if self.world.size > 1:
+                    raise  # one process alone cannot take its step again
+            self._halve_micro_batch(len(batch.target))  # here, where the error no longer holds the step's tensors
         if self.config.clip_norm:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(
@@ -164,8 +185,10 @@ class Session:
         loss = self._forward_backward(batch, band_mask)
         if self.sam is not None:
             self.sam.climb()
-            self._forward_backward(batch, band_mask)
-            self.sam.descend()
+            try:
+                self._forward_backward(batch, band_mask)
+            finally:
+                self.sam.descend()
         return loss
 
     def _forward_backward(self, batch, band_mask) -> torch.Tensor:
@@ -181,13 +204,17 @@ class Session:
             share = self.criterion.mass(target) / total_weight
             self.scaler.scale(part * share * self.world.size).backward()
             loss += part.detach() * share
+        if self.world.size > 1:
+            self.world.average_gradients(self.criterion)
         return self.world.sum(loss)
 
     def _band_mask(self, step: int) -> torch.Tensor | None:
         if not self.config.band_mask:
             return None
         generator = torch.Generator().manual_seed((self.config.seed << 32) + step)
-        return draw_band_mask(self.n_bands, generator, max_width=min(20, self.n_bands)).to(self.device)
+        return draw_band_mask(self.n_bands, generator, max_width=min(20, self.n_bands)).to(
+            self.device, non_blocking=True
+        )
 
     def _halve_micro_batch(self, n_utterances: int) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -251,12 +278,19 @@ class Session:
     def _scored_model(self) -> nn.Module:
         model = self.model
         if self.average is not None:
-            if self.config.average == "swa" and self.state.epoch + 1 >= self.config.swa_start * self.config.epochs:
+            if self._swa_is_due():
                 self.average.update_parameters(self.model)
             if self.average.n_averaged > 0:
                 model = self.average.module
                 reestimate_batch_norm(model, self._waveforms_for_batch_norm, self.device)
         return scoring_model(model, self.criterion)
+
+    def _swa_is_due(self) -> bool:
+        """Whether this epoch is one that SWA averages, is whole, and was not counted before an interruption."""
+        if self.config.average != "swa" or self.state.step < self.steps_per_epoch:
+            return False
+        first = max(1, math.ceil(self.config.swa_start * self.config.epochs))
+        return int(self.average.n_averaged) < self.state.epoch + 1 - first + 1
 
     def _waveforms_for_batch_norm(self):
         batches = train_batches(self.source, self.labels, batch_size=self.batch_size, n_samples=self.config.crop_samples,
@@ -264,7 +298,7 @@ class Session:
         for n, batch in enumerate(batches):
             if n == BATCHES_FOR_AVERAGED_BATCH_NORM:
                 break
-            yield batch.waveform
+            yield from batch.waveform.split(capacity.SCORING_BATCH)  # in float32: what fits in training may not fit
 
     def _keep_best(self, scored: nn.Module, logits: np.ndarray, eer: float) -> None:
         facts = {
@@ -372,17 +406,16 @@ class Session:
         self.model.load_state_dict(saved["model"])
         self.criterion.load_state_dict(saved["criterion"])
         self.optimizer.load_state_dict(saved["optimizer"])
-        self.scaler.load_state_dict(saved["scaler"])
+        if saved["scaler"]:  # empty where the run began in another precision
+            self.scaler.load_state_dict(saved["scaler"])
         if self.average is not None:
             self.average.load_state_dict(saved["average"])
         torch.set_rng_state(saved["rng_cpu"])
         if self.device.type == "cuda" and saved["rng_cuda"] is not None:
             torch.cuda.set_rng_state(saved["rng_cuda"], self.device)
-        self.state, self.micro_batches, self.batch_size = (
-            State(**saved["state"]),
-            saved["micro_batches"],
-            saved["batch_size"],
-        )
+        self.state, self.micro_batches = State(**saved["state"]), saved["micro_batches"]
+        if self.world.rank:  # the state above is the first process's: dropout must differ
+            seed_everything(self.config.seed + self.world.rank + self.state.epoch * self.world.size)
         if self.state.stopped.startswith("time budget"):
             self.state.stopped = ""  # a new session has a new budget
         self.say(f"resuming:  epoch {self.state.epoch + 1}, step {self.state.step}, from {self.checkpoint_path}")
@@ -390,7 +423,9 @@ class Session:
     def out_of_time(self) -> bool:
         """Whether the rest of the budget is needed to score dev and save."""
         budget = self.config.time_budget_s
-        return bool(budget) and time.monotonic() - self.started + 1.5 * self._dev_s > budget
+        if not budget:
+            return False
+        return self.world.broadcast(time.monotonic() - self.started + 1.5 * self._dev_s > budget)
 
     def mean_loss(self) -> float:
         checked = self.state.step - len(self._pending)
@@ -402,13 +437,19 @@ class Session:
         return capacity.in_words(steps * self.batch_size / max(utterances_per_s, 1e-9) + epochs * self._dev_s)
 
     def finish(self) -> None:
-        """Say why training ended."""
+        """Save, and say why training ended."""
         self.state.stopped = self.state.stopped or "all epochs done"
         self.save_checkpoint()
         self.say(f"waveforms: {self.source.describe()}")
-        self.say(
-            f"finished:  {self.state.stopped}; best dev EER {100 * self.state.best_dev_eer:.2f} % in epoch {self.state.best_epoch + 1}"
-        )
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        self.say_end()
+
+    def say_end(self) -> None:
+        """Why training ended, and what it reached."""
+        state = self.state
+        reached = f"best dev EER {100 * state.best_dev_eer:.2f} % in epoch {state.best_epoch + 1}"
+        self.say(f"finished:  {state.stopped}; {reached}")
 
 
 def _sinc_bands(model: nn.Module) -> int:

@@ -84,6 +84,9 @@ def fit(
         )
         run.started = started
         run.prepare(Path(waveforms_dir or Path(run_dir).parent / "waveforms"))
+        if run.is_finished:
+            run.say_end()
+            return _result(run)
         try:
             _loop(run, interrupts, on_epoch)
         except KeyboardInterrupt:
@@ -118,11 +121,11 @@ def _loop(run: Session, interrupts: Interrupts, on_epoch) -> None:
         run.check_losses()
         train_s = time.monotonic() - epoch_started
         dev_eer = run.score_dev()
-        state.history.append(
-            run.epoch_row(dev_eer, train_s, batches.wait_s, (state.step - first_step) * run.batch_size)
-        )
+        row = run.epoch_row(dev_eer, train_s, batches.wait_s, (state.step - first_step) * run.batch_size)
         with interrupts.held():
-            state.epoch, state.step, state.loss_sum = state.epoch + 1, 0, 0.0
+            state.history = [*(old for old in state.history if old["epoch"] != row["epoch"]), row]
+            if state.step >= run.steps_per_epoch:  # else time is up, and the next session goes on from here
+                state.epoch, state.step, state.loss_sum = state.epoch + 1, 0, 0.0
             run.write_epoch()
             run.save_checkpoint()
         if on_epoch is not None and run.world.is_main:

@@ -397,7 +397,7 @@ def test_positions_are_distinct_and_their_products_depend_on_distance_alone():
 def test_gpu_equals_cpu(narrow):
     waveform = noise(3, 8000)
     cpu, gpu = copy.deepcopy(narrow), copy.deepcopy(narrow).cuda()
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         loss, gradients = loss_and_gradients(cpu, waveform)
         gpu.zero_grad()
         gpu_loss = F.cross_entropy(gpu(waveform.cuda()).logits, torch.tensor([0, 1, 1]).cuda())

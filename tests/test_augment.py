@@ -590,6 +590,10 @@ def test_recordings_are_read_up_to_the_limit(tmp_path):
     assert len(some) == 2 and torch.equal(some[0], everything[0])
     augment = build_augmentation("none", noise={"recordings": some})
     assert augment(speech_like(2), torch.ones(2), seeded())[0].isfinite().all()
+    by_name = build_augmentation("none", noise={"recordings": str(tmp_path)})  # as a configuration file has it
+    given = build_augmentation("none", noise={"recordings": read_recordings(tmp_path, seeded(0))})
+    results = [augment(speech_like(2), torch.ones(2), seeded())[0] for augment in (by_name, given)]
+    assert torch.equal(*results)
 
 
 def test_a_recordings_folder_without_audio_is_named(tmp_path):

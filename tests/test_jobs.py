@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
+from deepfake_utils import jobs
 from deepfake_utils.conventions import TrainingError
 from deepfake_utils.jobs import fit_seeds, run_job, write_job
 from tests.test_training import tiny_config, write_corpus
@@ -47,6 +49,14 @@ def test_a_seed_that_fails_says_why(corpus, tmp_path):
     broken = train.assign(path=train["path"].str.replace("train_003", "gone"))
     with pytest.raises(TrainingError, match=r"(?s)seed 1 failed with exit code 2.*gone"):
         fit_seeds(broken, dev, tmp_path, tiny_config(epochs=1), seeds=(1,), device="cpu", say=str)
+
+
+def test_seeds_get_the_gpus_that_this_process_may_see(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert [jobs._gpus(device) for device in ("auto", "cuda:1", "cpu")] == [["0", "1"], ["1"], []]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-5af1")
+    assert [jobs._gpus(device) for device in ("auto", "cuda:1", "cpu")] == [["2", "GPU-5af1"], ["GPU-5af1"], []]
 
 
 CHILD = """

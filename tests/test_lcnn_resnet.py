@@ -58,6 +58,12 @@ def test_max_feature_map_is_the_larger_half_and_sends_each_gradient_to_the_winne
     torch.testing.assert_close(x.grad[:, 3:], upstream * ~first_wins)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_max_feature_map_is_exact_in_half_precision(dtype):
+    x = torch.tensor([[0.001, 40000.0, -100.0, -40000.0]], dtype=dtype)[..., None, None]
+    assert torch.equal(MaxFeatureMap(2)(x), x[:, :2])
+
+
 def test_attentive_statistics_are_the_weighted_moments():
     pooling = AttentiveStatistics(5)
     x = noise(3, 5, 7)

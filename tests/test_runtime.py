@@ -20,6 +20,7 @@ def test_cpu_is_chosen_with_a_reason_where_there_is_no_gpu(monkeypatch):
 def test_a_p100_that_claims_to_be_available_is_refused_in_words(monkeypatch):
     """Kaggle's wheel (cu128) has no sm_60, yet is_available() is True on a P100."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla P100-PCIE-16GB")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 0))
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_70", "sm_75", "sm_80", "sm_90", "sm_120"])
@@ -28,6 +29,8 @@ def test_a_p100_that_claims_to_be_available_is_refused_in_words(monkeypatch):
     assert "P100" in chosen.reason and "cu126" in chosen.reason
     with pytest.raises(ConfigError, match="compute capability 6.0"):
         runtime.pick_device("cuda")
+    with pytest.raises(ConfigError, match="'cuda:3' was asked for, but there are 1 GPUs"):
+        runtime.pick_device("cuda:3")
 
 
 @pytest.mark.parametrize(
@@ -38,6 +41,7 @@ def test_a_p100_that_claims_to_be_available_is_refused_in_words(monkeypatch):
         ((12, 0), ["sm_90", "compute_90"], True),  # PTX is compiled forward
         ((6, 0), ["sm_75", "compute_75"], False),  # PTX never runs backward
         ((9, 0), ["sm_90a"], True),
+        ((9, 0), ["gfx90a", "gfx942"], True),  # ROCm's names: nothing is known against them
     ],
 )
 def test_architecture_rules(capability, architectures, works):

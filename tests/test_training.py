@@ -19,6 +19,7 @@ from deepfake_utils.checkpoint import load_model, load_training_state
 from deepfake_utils.config import RECIPES, TrainingConfig
 from deepfake_utils.conventions import ConfigError, TrainingError
 from deepfake_utils.optimisation import SharpnessAware, learning_rate, reestimate_batch_norm
+from deepfake_utils.runtime import FLOAT32
 from deepfake_utils.training import fit
 
 TINY = {"sinc_filters": 12, "channels": (4, 4), "graph_dim": 4, "branch_dim": 4}
@@ -222,6 +223,35 @@ def test_time_budget_ends_the_run_in_time_and_a_new_session_goes_on(corpus, tmp_
     assert "resuming" in said and len(more.history) > len(result.history)
 
 
+def test_a_budget_that_ends_within_an_epoch_loses_none_of_its_batches(corpus, tmp_path, monkeypatch):
+    uninterrupted, _ = run(corpus, tmp_path / "whole", epochs=2)
+    seen, take_step = [], training.Session.take_step
+
+    def noted(self, batch):
+        seen.append((self.state.epoch, batch.index.tolist()))
+        take_step(self, batch)
+
+    monkeypatch.setattr(training.Session, "take_step", noted)
+    monkeypatch.setattr(training.Session, "out_of_time", lambda self: (self.state.epoch, self.state.step) == (1, 2))
+    first, _ = run(corpus, tmp_path / "parts", epochs=2)
+    assert first.stopped == "time budget used up" and len(seen) == 3 + 2
+    second, said = run(corpus, tmp_path / "parts", epochs=2)
+    assert "resuming:  epoch 2, step 2" in said and second.stopped == "all epochs done"
+    for epoch in (0, 1):
+        assert sorted(sum((rows for at, rows in seen if at == epoch), [])) == list(range(24))
+    columns = ["epoch", "train_loss", "dev_eer", "learning_rate"]
+    pd.testing.assert_frame_equal(second.history[columns], uninterrupted.history[columns])
+
+
+def test_weights_loaded_for_scoring_are_trained_in_training_mode(corpus, tmp_path):
+    first, _ = run(corpus, tmp_path / "first", epochs=1)
+    before = {name: value.clone() for name, value in first.model.named_buffers()}
+    assert not first.model.training
+    second = fit(*corpus, tmp_path / "second", tiny_config(epochs=1), model=first.model, device="cpu", say=str)
+    moved = [name for name, value in second.model.named_buffers() if not torch.equal(value, before[name])]
+    assert any("running_mean" in name for name in moved), "batch norm must follow the new data"
+
+
 def test_early_stop_counts_epochs_without_a_better_dev_eer(corpus, tmp_path):
     result, _ = run(corpus, tmp_path, epochs=30, learning_rate=1e-8, learning_rate_min=0.0, patience_epochs=2)
     assert result.stopped == "no better dev EER in 2 epochs"
@@ -292,6 +322,16 @@ def test_sharpness_aware_step_on_a_parabola():
     assert weight.item() == pytest.approx(1 - 0.5 * 2.2)
 
 
+def test_sharpness_aware_step_survives_an_overflow():
+    """A float16 gradient that overflowed: the scaler skips the step, so the weights must come back as they were."""
+    weights = [torch.nn.Parameter(torch.tensor([1.0, 2.0])), torch.nn.Parameter(torch.tensor([3.0]))]
+    sam = SharpnessAware(torch.optim.SGD(weights, lr=0.5), rho=0.1)
+    weights[0].grad, weights[1].grad = torch.tensor([float("inf"), 1.0]), torch.tensor([float("nan")])
+    sam.climb()
+    sam.descend()
+    assert weights[0].tolist() == [1.0, 2.0] and weights[1].tolist() == [3.0]
+
+
 def test_batch_norm_reestimation_is_the_plain_mean_over_batches():
     layer = torch.nn.BatchNorm1d(1)
     layer.running_mean.fill_(100.0)
@@ -312,12 +352,47 @@ def test_options_train_and_their_weights_load(corpus, tmp_path, option):
 
 
 def test_automatic_batch_size_is_measured_and_explained(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(capacity, "free_memory_bytes", lambda: 40 * 2**20)
+    monkeypatch.setattr(capacity, "free_device_bytes", lambda device: 40 * 2**20)
     _, said = run(corpus, tmp_path, epochs=1, batch_size="auto")
     assert "MiB each" in said and "square root of" in said
-    monkeypatch.setattr(capacity, "free_memory_bytes", lambda: 2**10)
+    monkeypatch.setattr(capacity, "free_device_bytes", lambda device: 2**10)
     with pytest.raises(TrainingError, match="not even 2 utterances"):
         run(corpus, tmp_path / "none", epochs=1, batch_size="auto")
+
+
+def test_a_continued_run_keeps_the_batch_and_the_rates_it_began_with(corpus, tmp_path, monkeypatch):
+    seen, settle = [], training.Session._settle_batch_size
+
+    def noted(self, saved):
+        settle(self, saved)
+        seen.append((self.batch_size, self.rates.learning_rate))
+
+    monkeypatch.setattr(training.Session, "_settle_batch_size", noted)
+    for free_mib in (40, 80):
+        monkeypatch.setattr(capacity, "free_device_bytes", lambda device, free=free_mib * 2**20: free)
+        run(corpus, tmp_path, epochs=1, batch_size="auto")
+        run(corpus, tmp_path / str(free_mib), epochs=1, batch_size="auto")
+    first, alone_40, again, alone_80 = seen
+    assert first == alone_40 == again != alone_80
+    assert first[1] == pytest.approx(1e-3 * np.sqrt(first[0] / 24))
+
+
+def test_a_measurement_that_does_not_fit_is_made_with_fewer_utterances(monkeypatch):
+    tried = []
+
+    def step(model, config, probe, device, precision):
+        tried.append(probe)
+        if probe > limit:
+            raise torch.OutOfMemoryError("pretended")
+        return probe
+
+    monkeypatch.setattr(capacity, "CPU_PROBE", 24)
+    monkeypatch.setattr(capacity, "_measure", step)
+    limit = 6
+    assert capacity.measure(None, tiny_config(), 24, torch.device("cpu"), FLOAT32) == 6 and tried == [24, 12, 6]
+    limit = 1
+    with pytest.raises(TrainingError, match="not even 2 utterances of 4000 samples fit: out of memory"):
+        capacity.measure(None, tiny_config(), 24, torch.device("cpu"), FLOAT32)
 
 
 def test_saved_activations_are_counted_once():

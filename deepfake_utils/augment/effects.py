@@ -136,7 +136,6 @@ def apply_speed(waveform: Tensor, speed_percent: Tensor) -> Tensor:
     cut-off lowered for speeds above 100 so that nothing folds. Output sample n lies at input position
     n * speed / 100; blocks of 100 outputs begin at whole input samples, so the batch is one matrix product.
     """
-    # Read before the move: on the CPU, where it is usually drawn, this waits for no device.
     fastest = int(speed_percent.max())
     (hop,) = on_device(waveform, speed_percent)
     n_samples, device = waveform.shape[-1], waveform.device

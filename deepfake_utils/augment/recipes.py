@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
@@ -15,6 +16,7 @@ from . import effects as fx
 from .codecs import CODECS, apply_codec, draw_codec
 from .common import check_bounds, limit_peak
 from .rawboost import ALGORITHMS, apply_rawboost, draw_rawboost
+from .recordings import read_recordings
 
 Augmentation = Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]
 
@@ -75,7 +77,8 @@ def build_augmentation(recipe: str, **overrides: Mapping | None) -> Augmentation
         recipe: its name.
         **overrides: for an effect, the settings that replace the recipe's, or None to leave the effect out.
             An effect that the recipe lacks is added at the end (mixup is always last). `probability` is the
-            share of utterances an effect meets.
+            share of utterances an effect meets; `recordings` of noise and `impulse_responses` of reverb may be
+            a folder.
 
     Returns:
         (waveform (B, T), target (B,), generator) -> (waveform, target): new tensors, or the same ones where
@@ -95,6 +98,7 @@ def build_augmentation(recipe: str, **overrides: Mapping | None) -> Augmentation
         raise ConfigError(f"augmentation recipe {recipe!r} is unknown: expected one of {', '.join(RECIPES)}")
     steps = {name: dict(settings) for name, settings in RECIPES[recipe].items()}
     for name, settings in overrides.items():
+        settings = settings and {key: _read_folder(key, value) for key, value in settings.items()}
         _check_effect(name, settings or {})
         if settings is None:
             steps.pop(name, None)
@@ -102,6 +106,12 @@ def build_augmentation(recipe: str, **overrides: Mapping | None) -> Augmentation
             steps[name] = steps.get(name, {}) | dict(settings)
     mixup = steps.pop("mixup", None)
     return partial(_augment, steps=steps, mixup=mixup)
+
+
+def _read_folder(setting: str, value):
+    """Recordings given as a folder, as a training configuration has them, in place of its name."""
+    is_folder = setting in ("recordings", "impulse_responses") and isinstance(value, (str, os.PathLike))
+    return read_recordings(value, torch.Generator().manual_seed(0)) if is_folder else value
 
 
 def _check_effect(name: str, settings: Mapping) -> None:

@@ -293,6 +293,8 @@ class LaterBlockTiles(torch.autograd.Function):
 
 def _products(left: Tensor, right: Tensor) -> Tensor:
     """(3, 3) sums of products of two (groups, 3, frames, bands) maps."""
+    if left.is_cuda:  # a bmm pads its 3 x 3 results to far larger tiles, and few GPUs are quick in double precision
+        return torch.stack([(left * right[:, i : i + 1]).sum((0, 2, 3)) for i in range(3)], dim=1)
     return torch.bmm(left.flatten(2), right.flatten(2).transpose(1, 2)).sum(0)
 
 

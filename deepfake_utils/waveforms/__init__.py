@@ -10,10 +10,11 @@ import pandas as pd
 import torch
 
 from deepfake_utils.conventions import ConfigError
+from deepfake_utils.runtime import free_device_bytes
 
 from .batches import Batch, balanced_weights, eval_batches, train_batches
 from .cache import CachedSource, ClipCache, FileSource, shared_cache
-from .store import DeviceSource, PackedStore, StoreError, estimate_bytes, free_device_bytes, open_store
+from .store import DeviceSource, PackedStore, StoreError, estimate_bytes, open_store
 
 __all__ = [
     "Batch",

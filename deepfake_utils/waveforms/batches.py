@@ -152,7 +152,8 @@ def train_batches(
         return _Plan(index[mine], position[mine]) if augment is None else _Plan(index, position)
 
     def finish(step: int, plan: _Plan, waveform: torch.Tensor) -> Batch:
-        target = targets[torch.from_numpy(plan.index).to(targets.device)]
+        # A blocking copy, however small, would wait for all that the GPU has been told to do.
+        target = targets[torch.from_numpy(plan.index).to(targets.device, non_blocking=True)]
         if augment is None:
             return Batch(waveform, target, plan.index)
         generator = torch.Generator(waveform.device)

@@ -26,7 +26,7 @@ import torch
 from tqdm.auto import tqdm
 
 from deepfake_utils.conventions import SAMPLE_RATE_HZ, AudioError, CorpusError, DeepfakeUtilsError, atomic_write
-from deepfake_utils.runtime import free_memory_bytes
+from deepfake_utils.runtime import free_device_bytes
 
 from .batches import crop_starts
 from .cache import FileSource, with_reason
@@ -167,7 +167,7 @@ class DeviceSource:
         """
         lengths = self._lengths[index]
         plan = np.stack([self._offsets[index], crop_starts(lengths, n_samples, position), lengths])
-        offset, start, length = torch.from_numpy(plan).to(self.device).unsqueeze(-1)
+        offset, start, length = torch.from_numpy(plan).to(self.device, non_blocking=True).unsqueeze(-1)
         ramp = torch.arange(n_samples, device=self.device)
         return self._samples[offset + (start + ramp) % length]  # the modulo repeats clips shorter than the crop
 
@@ -236,12 +236,6 @@ def estimate_bytes(source) -> int:
     """The size of all clips as int16, from the lengths of an evenly spread sample of them."""
     rows = np.unique(np.linspace(0, len(source) - 1, min(N_HEADERS, len(source))).astype(int))
     return int(2 * np.mean([source.n_samples(int(row)) for row in rows]) * len(source))
-
-
-def free_device_bytes(device) -> int:
-    """Memory of a device that can still be taken."""
-    device = torch.device(device)
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory_bytes()
 
 
 def in_order(pool: ThreadPoolExecutor, task: Callable, items: Iterable, window: int = 64) -> Iterator:
