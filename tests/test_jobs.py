@@ -88,8 +88,10 @@ def run_in_processes(n: int, folder: Path) -> pd.DataFrame:
     return pd.read_csv(folder / "history.csv")
 
 
-def test_two_processes_follow_the_loss_curve_of_one(corpus, tmp_path):
-    config = tiny_config(model="rawnet2", model_options=TINY_RAWNET2, epochs=3, class_weights=(0.1, 0.9))
+@pytest.mark.parametrize("loss", ["cross_entropy", "oc_softmax"])  # the second has a parameter of its own
+def test_two_processes_follow_the_loss_curve_of_one(corpus, tmp_path, loss):
+    config = tiny_config(model="rawnet2", model_options=TINY_RAWNET2, epochs=3, class_weights=(0.1, 0.9), loss=loss,
+                         learning_rate=1e-2, time_budget_s=600.0)  # fmt: skip
     curves = [
         run_in_processes(n, write_job(tmp_path / f"n{n}", *corpus, config))["train_loss"].to_numpy() for n in (1, 2)
     ]
