@@ -320,7 +320,7 @@ def test_recomputation_changes_memory_only(narrow):
 
     for name, model in (("keeping", copy.deepcopy(keeping)), ("recomputing", copy.deepcopy(recomputing))):
         kept[name] = bytes_kept(model)
-    assert kept["recomputing"] < 0.6 * kept["keeping"]
+    assert kept["recomputing"] < 0.7 * kept["keeping"]
 
     loss, gradients = loss_and_gradients(keeping, waveform)
     again, recomputed = loss_and_gradients(recomputing, waveform)

@@ -30,7 +30,7 @@ from deepfake_utils.models.fused import (
     PatchMoments,
     run_block,
 )
-from deepfake_utils.models.tiling import run_tiles
+from deepfake_utils.models.tiling import Pooled, run_tiles
 
 
 def count_batch(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, n_values: int) -> None:
@@ -100,9 +100,11 @@ class ResidualBlock(nn.Module):
             norm = self.norm.weight, self.norm.bias, self.norm.eps
             out, mean, var = LaterBlockTiles.apply(x, *frames_first(self.conv1), *norm, *convs)
             count_batch(self.norm, mean, var, n_values(x))
-            return F.max_pool2d(out, (3, 1)).transpose(2, 3)
+            return out.transpose(2, 3)
         weight, bias = fold_norm(self.conv1, self.norm, self.norm.running_mean, self.norm.running_var)
-        return run_tiles(run_block, x, len(bias), weight, bias - SELU_ALPHA, *convs).transpose(2, 3)
+        pooled = Pooled.empty(x, len(bias), x.shape[3], with_winners=False)
+        run_tiles(run_block, x, pooled, weight, bias - SELU_ALPHA, *convs)
+        return pooled.largest.transpose(2, 3)
 
 
 class FirstBlock(ResidualBlock):

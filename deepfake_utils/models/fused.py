@@ -14,7 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deepfake_utils.models.tiling import Span, Tile, run_tiles, side_by_side, spans_of, tiles_of
+from deepfake_utils.models.tiling import (
+    Pooled,
+    Span,
+    Tile,
+    empty_map,
+    run_tiles,
+    side_by_side,
+    spans_of,
+    tiles_of,
+)
 
 PLACES = tuple((i, j) for i in (0, 1, 2) for j in (0, 1))  # of the values of a patch of 3 frames x 2 bands
 SELU_ALPHA, SELU_SCALE = 1.6732632423543772, 1.0507009873554805  # arXiv 1706.02515, equation 14
@@ -82,7 +91,7 @@ def fold_patches(grad: Tensor, padding: tuple[int, int]) -> Tensor:
 
 
 class FirstBlockTiles(torch.autograd.Function):
-    """The first block with its norm folded in: keeps only its inputs, and runs each tile again for its gradient.
+    """The first block with its norm folded in: keeps its input and who won the pooling, and computes the rest again.
 
     Kept whole, its three maps are half of the memory a training step takes, and writing and reading them takes
     longer than computing them twice.
@@ -90,8 +99,10 @@ class FirstBlockTiles(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, *parameters):
-        ctx.save_for_backward(x, *parameters)
-        return run_tiles(FirstBlockTiles.run, x, len(parameters[0]), *parameters)
+        pooled = Pooled.empty(x, len(parameters[0]), x.shape[3], any(ctx.needs_input_grad))
+        run_tiles(FirstBlockTiles.run, x, pooled, *parameters)
+        ctx.save_for_backward(x, pooled.first, pooled.second, *parameters)
+        return pooled.largest
 
     @staticmethod
     def hidden(patches: Tensor, tile: Tile, weight: Tensor, bias: Tensor) -> Tensor:
@@ -105,31 +116,20 @@ class FirstBlockTiles(torch.autograd.Function):
         return patches[1::2, :, 1:-1, :-1].flatten(1)
 
     @staticmethod
-    def output(patches, hidden, weight2, bias2, shortcut_weight) -> Tensor:
-        """conv2 plus the shortcut, before pooling."""
+    def run(part, tile, weight, bias, weight2, bias2, shortcut_weight) -> Tensor:
+        """The tile's output, before pooling."""
+        patches = patches_of(part, tile.padding)
+        hidden = FirstBlockTiles.hidden(patches, tile, weight, bias)
         out = _rows(F.conv2d(hidden, weight2, bias2)).contiguous()
         seen = FirstBlockTiles.shortcut_patches(patches)
         out.view(-1, out.shape[3]).addmm_(seen.T, shortcut_weight.flatten(1).T)
         return out.permute(0, 3, 1, 2)
 
     @staticmethod
-    def run(part, tile, weight, bias, *rest) -> Tensor:
-        """The tile's output, before pooling."""
-        patches = patches_of(part, tile.padding)
-        return FirstBlockTiles.output(patches, FirstBlockTiles.hidden(patches, tile, weight, bias), *rest)
-
-    @staticmethod
-    def run_backward(part, tile, grad, weight, bias, *rest) -> tuple[Tensor, ...]:
-        """Gradients of the part and of every parameter, from that of the tile's output."""
+    def run_backward(part, tile, out_grad, weight, bias, weight2, bias2, shortcut_weight) -> tuple[Tensor, ...]:
+        """Gradients of the part and of every parameter, from that of the tile's output before pooling."""
         patches = patches_of(part, tile.padding)
         hidden = FirstBlockTiles.hidden(patches, tile, weight, bias)
-        out = FirstBlockTiles.output(patches, hidden, *rest)
-        weight2, _, shortcut_weight = rest
-
-        _, index = F.max_pool2d(out, (3, 1), return_indices=True)
-        out_grad = torch.ops.aten.max_pool2d_with_indices_backward(
-            grad, out, (3, 1), (3, 1), (0, 0), (1, 1), False, index
-        )
         hidden_grad, weight2_grad, bias2_grad = conv_gradient(out_grad, hidden, weight2, (0, 0), (True, True, True))
         rows = _rows(tile.clear_outside(elu_backward(hidden_grad, hidden))).flatten(0, 2)
         out_rows = _rows(out_grad).flatten(0, 2)
@@ -148,13 +148,12 @@ class FirstBlockTiles(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        x, *parameters = ctx.saved_tensors
-        tiles = tiles_of(x)
-        grad = grad.contiguous(memory_format=torch.channels_last)
+        x, first, second, *parameters = ctx.saved_tensors
+        pooled, tiles = Pooled(grad.contiguous(memory_format=torch.channels_last), first, second), tiles_of(x)
 
         def run(tile: Tile):
-            tile_grad = grad[tile.utterances, :, tile.start : tile.stop]
-            return FirstBlockTiles.run_backward(tile.cut(x), tile, tile_grad, *parameters)
+            part = pooled.of(tile.utterances, slice(tile.start, tile.stop))
+            return FirstBlockTiles.run_backward(tile.cut(x), tile, part.unfill(part.largest), *parameters)
 
         x_grad = torch.zeros_like(x)
         sums = [torch.zeros_like(parameter) for parameter in parameters]
@@ -214,18 +213,18 @@ def run_block(part: Tensor, tile: Tile, weight1, bias1, weight2, bias2, *shortcu
 
 
 class LaterBlockTiles(torch.autograd.Function):
-    """A residual block in training, before pooling: also the batch's mean and variance of what it normalises.
+    """A residual block in training: also the batch's mean and variance of what it normalises.
 
-    Kept for the backward pass are the input and the first convolution's output; SELU of its norm is computed
-    again. Means and variances are merged over tiles (Chan et al., 1979), not added up value by value as PyTorch
+    Kept for the backward pass are the input, the first convolution's output, and who won the pooling; SELU of the
+    norm is computed again. Means and variances are merged over tiles (Chan et al., 1979), not added up value by value as PyTorch
     does on channels-last maps, where the mean of 330,000 values is wrong in the fourth digit and the logits too.
     """
 
     @staticmethod
     def forward(ctx, x, weight1, bias1, gamma, beta, eps, weight2, bias2, *shortcut):
         spans = spans_of(x)
-        pre = _empty_map(x, len(bias1), x.shape[3] + 1)
-        out = _empty_map(x, len(bias2), x.shape[3])
+        pre = empty_map(x, len(bias1), x.shape[3] + 1)
+        pooled = Pooled.empty(x, len(bias2), x.shape[3], True)
 
         def first_half(span: Span):
             part = F.conv2d(span.around(x), weight1, bias1, padding=(0, 1))
@@ -243,25 +242,26 @@ class LaterBlockTiles(torch.autograd.Function):
         def second_half(span: Span):
             part = F.conv2d(activate(span, pre, scale, shift), weight2, bias2)
             part.add_(F.conv2d(span.around(x), *shortcut) if shortcut else span.of(x))
-            span.of(out).copy_(part)
+            pooled.of(span.utterances, span.pooled).fill(part)
 
         list(side_by_side(second_half, spans))
         ctx.count = count
-        ctx.save_for_backward(x, pre, mean, inverse_deviation, scale, shift, weight1, weight2, *shortcut)
+        statistics = mean, inverse_deviation, scale, shift
+        ctx.save_for_backward(x, pre, pooled.first, pooled.second, *statistics, weight1, weight2, *shortcut)
         ctx.mark_non_differentiable(mean, var)
-        return out, mean, var
+        return pooled.largest, mean, var
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, out_grad, _mean_grad, _var_grad):
-        x, pre, mean, inverse_deviation, scale, shift, weight1, weight2, *shortcut = ctx.saved_tensors
+    def backward(ctx, grad, _mean_grad, _var_grad):
+        x, pre, first, second, mean, inverse_deviation, scale, shift, weight1, weight2, *shortcut = ctx.saved_tensors
         spans = spans_of(x)
         norm_grad = torch.empty_like(pre)  # of the norm's result
-        x_grad = _empty_map(x, x.shape[1], x.shape[3])
-        out_grad = out_grad.contiguous(memory_format=torch.channels_last)
+        x_grad = empty_map(x, x.shape[1], x.shape[3])
+        pooled = Pooled(grad.contiguous(memory_format=torch.channels_last), first, second)
 
         def second_half(span: Span):
-            grad, hidden = span.around(out_grad), activate(span, pre, scale, shift)
+            grad, hidden = gradient_around(span, pooled), activate(span, pre, scale, shift)
             inner, inner_grad = hidden[:, :, 1:-1], grad[:, :, 1:-1]
             part = elu_backward(gradient_of_input(grad, inner, weight2, 0), inner)
             span.of(norm_grad).copy_(part)
@@ -298,6 +298,16 @@ def _products(left: Tensor, right: Tensor) -> Tensor:
     return torch.bmm(left.flatten(2), right.flatten(2).transpose(1, 2)).sum(0)
 
 
+def gradient_around(span: Span, pooled: Pooled) -> Tensor:
+    """Gradient of the span's frames before pooling and of one on either side, zero where none was pooled."""
+    frames = slice(max(span.pooled.start - 1, 0), min(span.pooled.stop + 1, pooled.largest.shape[2]))
+    part = pooled.of(span.utterances, frames)
+    grad = part.unfill(part.largest)
+    start, stop = span.start - 1 - 3 * frames.start, span.stop + 1 - 3 * frames.start
+    grad, missing = grad[:, :, max(start, 0) : stop], stop - grad.shape[2]
+    return F.pad(grad, (0, 0, max(-start, 0), max(missing, 0))) if start < 0 or missing > 0 else grad
+
+
 def activate(span: Span, pre: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """ELU(scale * pre + shift + SELU_ALPHA) of the span and a frame on either side, zero outside of the map."""
     hidden = elu_(torch.addcmul(shift, _rows(span.around(pre)), scale)).permute(0, 3, 1, 2)
@@ -316,8 +326,3 @@ def merge_moments(parts) -> tuple[int, Tensor, Tensor]:
 def add_up(parts) -> list[Tensor]:
     """Sums over parts, each a sequence of tensors."""
     return [torch.stack(values).sum(0) for values in zip(*parts, strict=True)]
-
-
-def _empty_map(x: Tensor, channels: int, bands: int) -> Tensor:
-    shape = (len(x), channels, x.shape[2], bands)
-    return torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)

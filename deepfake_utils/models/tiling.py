@@ -17,11 +17,12 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-TILE_FRAMES = 1024  # of one utterance with 24 bands and 32 channels: 3.1 MB
+TILE_FRAMES = 1023  # a multiple of 3; of one utterance with 24 bands and 32 channels: 3.1 MB
 HALO_FRAMES = 2  # an output frame of a block depends on its own three input frames and two on either side
 
 
@@ -81,6 +82,11 @@ class Span(NamedTuple):
         padding = int(self.start == 0), int(self.stop == self.n_frames)
         return F.pad(part, (0, 0, *padding)) if any(padding) else part
 
+    @property
+    def pooled(self) -> slice:
+        """The frames that pooling by 3 makes of these; the last one or two of a map may be left over."""
+        return slice(self.start // 3, min(self.stop, self.n_frames // 3 * 3) // 3)
+
     def clear_outside(self, part: Tensor) -> Tensor:
         """Set to zero, in place, the frames of `around` that lie outside of the map."""
         if self.start == 0:
@@ -101,23 +107,61 @@ def spans_of(x: Tensor) -> list[Span]:
     ]
 
 
-def run_tiles(run: Callable[..., Tensor], x: Tensor, n_channels: int, *parameters: Tensor) -> Tensor:
-    """The largest of every 3 frames of what `run(tile.cut(x), tile, *parameters)` returns, for all tiles of x."""
-    tiles = tiles_of(x)
-    shape = (len(x), n_channels, x.shape[2] // 3, x.shape[3])
-    pooled = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
+def empty_map(x: Tensor, channels: int, bands: int, frames: int | None = None, dtype=None) -> Tensor:
+    """A map, channels last, for as many utterances as x; also as many frames where nothing else is said."""
+    shape = (len(x), channels, x.shape[2] if frames is None else frames, bands)
+    return torch.empty(shape, dtype=dtype or x.dtype, memory_format=torch.channels_last)
+
+
+class Pooled(NamedTuple):
+    """The largest of every 3 frames, and which it was, for the backward pass: a byte and not an index of eight."""
+
+    largest: Tensor  # (B, channels, frames // 3, bands)
+    first: Tensor | None = None  # bool: the first of the three is the largest
+    second: Tensor | None = None  # bool: the second is, and not the first
+
+    @classmethod
+    def empty(cls, x: Tensor, channels: int, bands: int, with_winners: bool) -> Pooled:
+        """Room for the pooled frames of a map of x's utterances and frames."""
+        maps = [empty_map(x, channels, bands, x.shape[2] // 3)]
+        if with_winners:
+            maps += [empty_map(x, channels, bands, x.shape[2] // 3, torch.bool) for _ in range(2)]
+        return cls(*maps)
+
+    def of(self, utterances: slice, frames: slice) -> Pooled:
+        """Some pooled frames, views."""
+        return Pooled(*(part if part is None else part[utterances, :, frames] for part in self))
+
+    def fill(self, x: Tensor) -> None:
+        """Pool the map x, whose last one or two frames may be left over."""
+        stop = 3 * self.largest.shape[2]
+        first, second, third = (x[:, :, start:stop:3] for start in range(3))
+        torch.maximum(torch.maximum(first, second, out=self.largest), third, out=self.largest)
+        if self.first is not None:
+            # By NumPy: torch.eq takes four times as long.
+            np.equal(first.numpy(), self.largest.numpy(), out=self.first.numpy())
+            np.equal(second.numpy(), self.largest.numpy(), out=self.second.numpy())
+            torch.gt(self.second, self.first, out=self.second)
+
+    def unfill(self, grad: Tensor) -> Tensor:
+        """The gradient of the 3 x frames // 3 frames that were pooled, from that of the largest."""
+        batch, channels, frames, bands = grad.shape
+        whole = grad.new_empty(batch, frames, 3, bands, channels)
+        first, second, third = (whole[:, :, i].permute(0, 3, 1, 2) for i in range(3))
+        np.multiply(grad.numpy(), self.first.numpy(), out=first.numpy())
+        np.multiply(grad.numpy(), self.second.numpy(), out=second.numpy())
+        torch.sub(grad, first, out=third).sub_(second)
+        return whole.flatten(1, 2).permute(0, 3, 1, 2)
+
+
+def run_tiles(run: Callable[..., Tensor], x: Tensor, pooled: Pooled, *parameters: Tensor) -> None:
+    """Pool what `run(tile.cut(x), tile, *parameters)` returns, for all tiles of x."""
 
     def run_one(tile: Tile) -> None:
-        largest_of_three(run(tile.cut(x), tile, *parameters), pooled[tile.utterances, :, tile.start : tile.stop])
+        pooled.of(tile.utterances, slice(tile.start, tile.stop)).fill(run(tile.cut(x), tile, *parameters))
 
-    for _ in side_by_side(run_one, tiles):
+    for _ in side_by_side(run_one, tiles_of(x)):
         pass
-    return pooled
-
-
-def largest_of_three(x: Tensor, out: Tensor) -> None:
-    """F.max_pool2d(x, (3, 1)) written to `out`, several times faster as it need not say which of the three it was."""
-    torch.maximum(torch.maximum(x[:, :, 0::3], x[:, :, 1::3], out=out), x[:, :, 2::3], out=out)
 
 
 def side_by_side(function: Callable[[Any], Any], items: list) -> Iterable[Any]:
