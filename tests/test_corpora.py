@@ -13,6 +13,7 @@ from deepfake_utils.corpora import (
     UNKNOWN_SPEAKER,
     Corpus,
     assign_splits,
+    divide,
     find_corpora,
     fingerprint,
     read_protocol_file,
@@ -389,3 +390,37 @@ def test_bad_shares_and_columns_are_refused():
             assign_splits(many(), fractions, seed=0)
     with pytest.raises(ConfigError, match="by='room' is not a column"):
         assign_splits(many(), (0.5, 0.25, 0.25), seed=0, by="room")
+
+
+def manifest_corpus(folder, *, speakers: bool, split: str = "") -> Corpus:
+    """40 recordings of 10 speakers, half of them spoofed, listed in a manifest."""
+    folder.mkdir(exist_ok=True)
+    lines = ["path,label,speaker,attack,split"]
+    for n in range(40):
+        (folder / f"{n}.flac").touch()
+        label, attack = ("spoof", "A1") if n % 2 else ("bonafide", "")
+        lines.append(f"{n}.flac,{label},{f's{n // 4}' if speakers else ''},{attack},{split}")
+    (folder / "manifest.csv").write_text("\n".join(lines) + "\n")
+    return find_corpora(folder)[0]
+
+
+def test_a_folder_without_splits_is_divided_by_speaker_and_says_so(tmp_path):
+    tables, said = divide(manifest_corpus(tmp_path, speakers=True), seed=0)
+    speakers = [set(table["speaker"]) for table in tables]
+    assert sum(map(len, tables)) == 40 and all(table["label"].nunique() == 2 for table in tables)
+    assert sum(map(len, speakers)) == len(set.union(*speakers)) == 10
+    assert [set(table["split"]) for table in tables] == [{"train"}, {"dev"}, {"eval"}]
+    assert "splits were drawn (seed 0): 60 % train" in said and "no speaker is in two" in said
+
+
+def test_a_folder_of_unknown_speakers_is_divided_and_warns(tmp_path):
+    tables, said = divide(manifest_corpus(tmp_path, speakers=False), seed=0)
+    assert [len(table) for table in tables] == [24, 8, 8]
+    assert "speaker of 40 of 40 trials is not known" in said
+
+
+def test_splits_that_are_named_are_kept_and_test_sets_are_not_divided(tmp_path, la):
+    with pytest.raises(CorpusError, match=r"(?s)is a test set: it has eval and no train.*notebook 03"):
+        divide(la(LINES_2019), seed=0)
+    with pytest.raises(CorpusError, match="has no split 'dev'; it has train"):
+        divide(manifest_corpus(tmp_path / "named", speakers=True, split="train"), seed=0)

@@ -324,6 +324,7 @@ def test_nothing_found_lists_every_place_what_was_there_and_what_to_attach(tmp_p
         "trial_metadata.txt, but no recordings",
         f"{tmp_path / 'work' / 'data'}",
         "but no protocol for them",
+        "pass the folder above, the one that also holds the protocols",
         "awsaf49/asvpoof-2019-dataset",
         "DEEPFAKE_DATA",
     ]:

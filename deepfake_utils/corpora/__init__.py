@@ -2,6 +2,7 @@
 
 from deepfake_utils.corpora.corpus import KINDS, Corpus, read_protocol_file
 from deepfake_utils.corpora.demo import DEMO_NOTICE, build_demo
+from deepfake_utils.corpora.division import divide
 from deepfake_utils.corpora.find import KAGGLE_DATASETS, find_corpora
 from deepfake_utils.corpora.folder import assign_splits
 from deepfake_utils.corpora.trials import UNKNOWN_ATTACK, UNKNOWN_SPEAKER, fingerprint
@@ -15,6 +16,7 @@ __all__ = [
     "Corpus",
     "assign_splits",
     "build_demo",
+    "divide",
     "find_corpora",
     "fingerprint",
     "read_protocol_file",

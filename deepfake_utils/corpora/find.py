@@ -123,6 +123,7 @@ def _nothing_found(surveys: list[Survey], wanted: str | None) -> str:
             lines += [f"    seen: {marker.path}, but no recordings" for marker in found.protocols[:3]]
         elif not found.protocols:
             lines += [f"    seen: recordings in {folder}, but no protocol for them" for folder in list(found.audio)[:3]]
+            lines += ["    pass the folder above, the one that also holds the protocols (for ASVspoof 2019: LA/)"]
     lines += ["to do: pass a folder, set DEEPFAKE_DATA, or on Kaggle attach (Add input) one of"]
     lines += [f"  {slug}  ({what})" for what, slug in KAGGLE_DATASETS.items()]
     lines += [
