@@ -105,6 +105,45 @@ def test_push_says_how_it_is_used():
     assert done.returncode == 2 and "--for-real" in done.stderr
 
 
+@pytest.fixture
+def push(tmp_path):
+    """Runs push.sh in a repository of stubs; gives the calls of `kaggle`."""
+
+    def stub(path: Path, text: str):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"#!/bin/bash\n{text}\n")
+        path.chmod(0o755)
+
+    root, calls = tmp_path / "repository", tmp_path / "calls"
+    (root / "kaggle").mkdir(parents=True)
+    shutil.copy(REPOSITORY / "kaggle" / "push.sh", root / "kaggle")
+    stub(root / ".venv/bin/python", "mkdir -p runs/kaggle/{01_model_research,02_train,03_error_analysis}")
+    stub(tmp_path / "bin/make", "")
+    stub(tmp_path / "bin/kaggle", f'echo "$*" >> {calls}; echo ready')
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+
+    def run(*arguments: str) -> tuple[str, list[str]]:
+        command = ["bash", str(root / "kaggle" / "push.sh"), OWNER, *arguments]
+        done = subprocess.run(command, env=os.environ | {"PATH": path}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout, calls.read_text().splitlines() if calls.exists() else []
+
+    return run
+
+
+def test_push_sends_nothing_unless_asked(push):
+    said, calls = push()
+    assert calls == [] and "would run: kaggle kernels push -p runs/kaggle/02_train" in said
+
+
+def test_push_starts_03_by_name_only(push):
+    kernels = [call for call in push("--for-real")[1] if call.startswith("kernels")]
+    assert kernels == ["kernels push -p runs/kaggle/01_model_research", "kernels push -p runs/kaggle/02_train"]
+    _, calls = push("--for-real", "03")
+    assert calls[-1] == "kernels push -p runs/kaggle/03_error_analysis"
+    assert sum(call.startswith("kernels") for call in calls) == 3
+
+
 # An imitation of Kaggle: nothing importable but what is attached, a working folder, and one of the mounts.
 
 
