@@ -153,17 +153,24 @@ class Plan:
 
 
 def plan_run(
-    config: TrainingConfig, n_train: int, n_dev: int, n_eval: int, budget_s: float, device: torch.device
+    config: TrainingConfig,
+    n_train: int,
+    n_dev: int,
+    n_eval: int,
+    budget_s: float,
+    device: torch.device,
+    keep_model: bool = False,
 ) -> Plan:
     """Keep the recipe if it finishes in time on this machine, else say so and choose what does.
 
     What is given up, in this order: the large model and most epochs, the crop length, and, where even one
-    pass would take too long, trials.
+    pass would take too long, trials. The training that is planned stops in time to score eval.
 
     Args:
         config: the recipe wished for.
         n_train, n_dev, n_eval: utterances of the splits; eval is scored once, after training.
         budget_s: seconds for all of it; 0 keeps the recipe whatever it takes.
+        keep_model: a shorter run must be of this model, too.
     """
     if not budget_s:
         why = [f"No time budget: the recipe runs as it is, {config.epochs} epochs of {config.model}."]
@@ -173,14 +180,15 @@ def plan_run(
     wish = f"{config.model}, {config.epochs} epochs, {config.crop_samples / SAMPLE_RATE_HZ:.1f} s crops"
     if total_s <= PLANNED_SHARE * budget_s:
         why = [f"The recipe ({wish}) takes about {in_words(total_s)} here and fits the {in_words(budget_s)} there are."]
-        return Plan(config.replace(time_budget_s=budget_s), n_train, n_dev, n_eval, why)
+        training_s = max(1.0, budget_s - n_eval * cost.score_s)
+        return Plan(config.replace(time_budget_s=training_s), n_train, n_dev, n_eval, why)
     why = [f"The recipe ({wish}) would take {in_words(total_s)} here; there are {in_words(budget_s)}."]
-    return _short_plan(config, n_train, n_dev, n_eval, budget_s, device, why)
+    return _short_plan(config, n_train, n_dev, n_eval, budget_s, device, keep_model, why)
 
 
-def _short_plan(config, n_train, n_dev, n_eval, budget_s, device, why) -> Plan:
+def _short_plan(config, n_train, n_dev, n_eval, budget_s, device, keep_model, why) -> Plan:
     available_s = PLANNED_SHARE * budget_s
-    for candidate in _short_candidates(config):
+    for candidate in _short_candidates(config, keep_model):
         cost = _cost_of(candidate, device)
         score_full_s = cost.score_s * CROP_SAMPLES / candidate.eval_samples
         epochs = math.floor((available_s - n_eval * score_full_s) / project(cost, n_train, n_dev, 1).total_s)
@@ -196,7 +204,8 @@ def _short_plan(config, n_train, n_dev, n_eval, budget_s, device, why) -> Plan:
             "trials are drawn, each attack in proportion. The error below is that of the drawn trials: do not compare "
             "it with published figures."
         )
-    chosen = candidate.replace(epochs=min(epochs, LONGEST_SHORT_RUN), time_budget_s=budget_s)
+    training_s = max(1.0, budget_s - n_eval * score_full_s)
+    chosen = candidate.replace(epochs=min(epochs, LONGEST_SHORT_RUN), time_budget_s=training_s)
     why.append(
         f"Instead: {chosen.model}, {chosen.crop_samples / SAMPLE_RATE_HZ:g} s crops, batches of {chosen.batch_size}, "
         f"{chosen.epochs} epochs of a one-cycle schedule up to {chosen.learning_rate:g}. "
@@ -205,12 +214,11 @@ def _short_plan(config, n_train, n_dev, n_eval, budget_s, device, why) -> Plan:
     return Plan(chosen, n_train, n_dev, n_eval, why)
 
 
-def _short_candidates(config: TrainingConfig) -> list[TrainingConfig]:
-    """Shorter runs, the dearest first. A model asked for by name is kept; AASIST gives way to smaller ones."""
-    models = SHORT_MODELS if config.model == TrainingConfig().model else (config.model,)
-    short = RECIPES["short"].replace(
-        seed=config.seed, augmentation=config.augmentation, data_path=config.data_path, precision=config.precision
-    )
+def _short_candidates(config: TrainingConfig, keep_model: bool) -> list[TrainingConfig]:
+    """Shorter runs, the dearest first: of the model wished for, or of smaller ones."""
+    models = (config.model,) if keep_model else SHORT_MODELS
+    kept = ("seed", "loss", "augmentation", "augmentation_options", "data_path", "precision")
+    short = RECIPES["short"].replace(**{name: getattr(config, name) for name in kept})
     candidates = []
     for model in models:
         for crop_s in SHORT_CROPS_S:
