@@ -60,18 +60,22 @@ def train(options: argparse.Namespace) -> int:
     """Train a countermeasure, or go on with a run that stopped; under torchrun, in several processes."""
     from deepfake_utils import corpora, jobs
     from deepfake_utils.config import RECIPES, TrainingConfig
+    from deepfake_utils.training import fit
 
-    if options.data is not None:
-        corpus = corpora.find_corpora(options.data)[0]
-        values = RECIPES[options.recipe].to_dict() | dict(map(parse_setting, options.set))
-        config = TrainingConfig.from_dict(values)
-        if os.environ.get("RANK", "0") == "0":
-            jobs.write_job(options.run_dir, corpus.protocol("train"), corpus.protocol("dev"), config)
-    elif options.set:
-        raise ConfigError(
-            "--set describes a new run and goes with --data; config.json in the run folder holds the old one"
-        )
-    jobs.run_job(options.run_dir, device=options.device)
+    if options.data is None:
+        if options.set:
+            raise ConfigError(
+                "--set describes a new run and goes with --data; config.json in the run folder holds the old one"
+            )
+        jobs.run_job(options.run_dir, device=options.device)
+        return DONE
+    corpus = corpora.find_corpora(options.data)[0]
+    values = RECIPES[options.recipe].to_dict() | dict(map(parse_setting, options.set))
+    config = TrainingConfig.from_dict(values)
+    protocols = corpus.protocol("train"), corpus.protocol("dev")
+    if os.environ.get("RANK", "0") == "0":
+        jobs.write_job(options.run_dir, *protocols, config)
+    fit(*protocols, options.run_dir, config, device=options.device, say=print)  # other ranks need not see the job
     return DONE
 
 
@@ -164,9 +168,12 @@ def table(result: dict) -> str:
         "",
         f"{'EER':<24}{100 * result['eer']:10.3f} %{interval(result['eer_ci'], 100)}   at {result['eer_threshold']:.4g}",
     ]
+    if result["tandem_eer"] is not None:
+        lines.append(f"{'t-EER':<24}{100 * result['tandem_eer']:10.3f} %")
     for title, name in (
         ("min t-DCF (2019)", "min_tdcf"), ("min t-DCF (2021 form)", "min_tdcf_revised"),
-        ("min DCF", "min_dcf"), ("actual DCF", "act_dcf"), ("Cllr", "cllr"), ("min Cllr", "min_cllr"), ("AUC", "auc"),
+        ("min DCF", "min_dcf"), ("actual DCF (if LLRs)", "act_dcf"), ("Cllr (if LLRs)", "cllr"),
+        ("min Cllr", "min_cllr"), ("AUC", "auc"),
     ):  # fmt: skip
         value = "not without --asv-scores" if result[name] is None else f"{result[name]:10.4f}"
         lines.append(f"{title:<24}{value}{interval(result.get(f'{name}_ci'), 1)}")

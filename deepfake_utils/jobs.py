@@ -1,6 +1,7 @@
 """Runs described by a folder, so that they can be started in other processes: several seeds, one GPU each, or torchrun.
 
-A job folder holds `train.csv` and `dev.csv` (the protocols) and `config.json`; training writes beside them.
+A job folder holds `train.csv` and `dev.csv` (the protocols) and `config.json` (the training settings, and where
+waveforms are packed); training writes beside them.
 `python -m deepfake_utils train FOLDER` runs it, and running it again goes on where it stopped.
 """
 
@@ -25,14 +26,21 @@ PROTOCOLS = ("train", "dev")
 TEXT_COLUMNS = ("utterance", "path", "attack", "speaker", "split", "corpus")
 
 
-def write_job(folder: str | os.PathLike, train: pd.DataFrame, dev: pd.DataFrame, config: TrainingConfig) -> Path:
-    """Describe a run in `folder`; nothing is started."""
+def write_job(
+    folder: str | os.PathLike,
+    train: pd.DataFrame,
+    dev: pd.DataFrame,
+    config: TrainingConfig,
+    waveforms_dir: str | os.PathLike | None = None,
+) -> Path:
+    """Describe a run in `folder`; nothing is started. waveforms_dir: see `fit`."""
     folder = Path(folder)
+    place = {} if waveforms_dir is None else {"waveforms_dir": str(Path(waveforms_dir).absolute())}
     for name, protocol in zip(PROTOCOLS, (train, dev), strict=True):
         with atomic_write(folder / f"{name}.csv") as part:
             protocol.to_csv(part, index=False)
     with atomic_write(folder / "config.json") as part:
-        part.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+        part.write_text(json.dumps(config.to_dict() | place, indent=2) + "\n")
     return folder
 
 
@@ -48,10 +56,12 @@ def run_job(folder: str | os.PathLike, device: str = "auto", say: Callable[[str]
         raise TrainingError(
             f"{folder} is not a training job: {', '.join(missing)} missing; give --data to describe one"
         )
-    config = TrainingConfig.from_dict(json.loads((folder / "config.json").read_text()))
+    settings = json.loads((folder / "config.json").read_text())
+    waveforms_dir = settings.pop("waveforms_dir", None)
+    config = TrainingConfig.from_dict(settings)
     text = dict.fromkeys(TEXT_COLUMNS, str)
     train, dev = (pd.read_csv(folder / f"{name}.csv", dtype=text, keep_default_na=False) for name in PROTOCOLS)
-    return fit(train, dev, folder, config, device=device, say=say)
+    return fit(train, dev, folder, config, device=device, waveforms_dir=waveforms_dir, say=say)
 
 
 def fit_seeds(
@@ -62,6 +72,7 @@ def fit_seeds(
     seeds: Sequence[int] = (0, 1, 2),
     *,
     device: str = "auto",
+    waveforms_dir: str | os.PathLike | None = None,
     say: Callable[[str], None] = print,
 ) -> pd.DataFrame:
     """Train the same recipe from several seeds: one process per GPU, or one after another.
@@ -72,6 +83,7 @@ def fit_seeds(
         run_dir: each seed gets the folder `seed_N` in it, with a `log.txt`.
         seeds: whole numbers.
         device: "auto" uses every GPU; "cpu" runs one after another.
+        waveforms_dir: where decoded waveforms may be packed, see `fit`; None is the folder `waveforms` in run_dir.
 
     Returns:
         seed, dev_eer (fraction), best_epoch, weights: one row a seed.
@@ -79,7 +91,10 @@ def fit_seeds(
     Raises:
         TrainingError: a run failed; the end of its log is in the text.
     """
-    folders = {seed: write_job(Path(run_dir) / f"seed_{seed}", train, dev, config.replace(seed=seed)) for seed in seeds}
+    folders = {
+        seed: write_job(Path(run_dir) / f"seed_{seed}", train, dev, config.replace(seed=seed), waveforms_dir)
+        for seed in seeds
+    }
     slots = _gpus(device) or [""]
     n_gpus = len(slots)
     say(f"{len(folders)} seeds, {f'{n_gpus} at a time, one per GPU' if n_gpus > 1 else 'one after another'}")

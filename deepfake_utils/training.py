@@ -8,6 +8,7 @@ scores). The eval split is not an argument: selection sees train and dev only.
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -96,6 +97,27 @@ def fit(
             )
             raise
         return _result(run)
+
+
+def take_over(earlier: str | os.PathLike, run_dir: str | os.PathLike) -> None:
+    """Copy an earlier run, or several seeds of it, to where `fit` will go on with it; a run already there is kept.
+
+    Args:
+        earlier: folder of that run, such as attached output on Kaggle, which can only be read.
+        run_dir: what `fit` will be given.
+
+    Raises:
+        TrainingError: `earlier` holds no checkpoint.
+    """
+    if any(Path(run_dir).rglob("checkpoint.pt")):
+        return
+    if not any(Path(earlier).rglob("checkpoint.pt")):
+        raise TrainingError(
+            f"{Path(earlier).absolute()} holds no checkpoint.pt to go on with: expected the folder that an earlier "
+            "run wrote, 02_train of notebook 02"
+        )
+    pictures = shutil.ignore_patterns("figures")
+    shutil.copytree(earlier, run_dir, ignore=pictures, copy_function=shutil.copyfile, dirs_exist_ok=True)
 
 
 def _loop(run: Session, interrupts: Interrupts, on_epoch) -> None:

@@ -250,6 +250,8 @@ def test_evaluate_reproduces_published_figures(reference_data, tmp_path):
     result = json.loads((tmp_path / "out.json").read_text())
     assert math.isclose(result["eer"], 0.0106, abs_tol=5e-5)
     assert math.isclose(result["min_tdcf"], 0.0335, abs_tol=5e-5)
+    assert f"t-EER{100 * result['tandem_eer']:29.3f} %" in done.stdout
+    assert "actual DCF (if LLRs)" in done.stdout and "Cllr (if LLRs)" in done.stdout
 
 
 def test_evaluate_writes_a_self_contained_page(score_case, tmp_path):

@@ -11,7 +11,8 @@ import pandas as pd
 import pytest
 import torch
 
-from deepfake_utils import jobs
+from deepfake_utils import corpora, jobs, training
+from deepfake_utils.__main__ import main
 from deepfake_utils.conventions import TrainingError
 from deepfake_utils.jobs import fit_seeds, run_job, write_job
 from tests.test_training import tiny_config, write_corpus
@@ -38,10 +39,32 @@ def test_a_job_folder_is_the_whole_run_and_goes_on_where_it_stopped(corpus, tmp_
 
 
 def test_seeds_run_one_after_another_and_are_summarised(corpus, tmp_path):
-    table = fit_seeds(*corpus, tmp_path, tiny_config(epochs=1), seeds=(1, 2), device="cpu", say=str)
+    scratch = tmp_path / "scratch"
+    config = tiny_config(epochs=1, data_path="store")
+    table = fit_seeds(*corpus, tmp_path, config, seeds=(1, 2), device="cpu", waveforms_dir=scratch, say=str)
+    assert any(scratch.iterdir()) and not (tmp_path / "waveforms").exists()
     assert table["seed"].tolist() == [1, 2] and np.isfinite(table["dev_eer"]).all()
     assert all(Path(weights).is_file() for weights in table["weights"])
     assert (tmp_path / "seed_1" / "log.txt").read_text().count("epoch ") >= 1
+
+
+def test_other_processes_start_a_run_without_reading_its_job(corpus, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(corpora, "find_corpora", lambda folder: [Tones(*corpus)])
+    monkeypatch.setattr(training, "fit", lambda train, dev, *_, **__: seen.append((len(train), len(dev))))
+    assert main(["train", str(tmp_path / "run"), "--data", "somewhere"]) == 0
+    assert seen == [(len(corpus[0]), len(corpus[1]))] and not (tmp_path / "run").exists()
+
+
+class Tones:
+    """A corpus of two protocols."""
+
+    def __init__(self, train, dev):
+        self.protocols = {"train": train, "dev": dev}
+
+    def protocol(self, split):
+        return self.protocols[split]
 
 
 def test_a_seed_that_fails_says_why(corpus, tmp_path):

@@ -351,6 +351,23 @@ def test_options_train_and_their_weights_load(corpus, tmp_path, option):
     assert output.logits.shape == (1, 2)
 
 
+def test_a_run_is_taken_over_from_files_that_can_only_be_read(corpus, tmp_path):
+    whole, _ = run(corpus, tmp_path / "whole")
+    earlier, later = tmp_path / "attached" / "02_train", tmp_path / "02_train"
+    run(corpus, earlier, time_budget_s=1e-3)  # stops after its first step
+    (earlier / "figures").mkdir()
+    for path in filter(Path.is_file, earlier.iterdir()):
+        path.chmod(0o444)
+    training.take_over(earlier, later)
+    result, said = run(corpus, later)
+    assert "resuming" in said and not (later / "figures").exists()
+    assert len(result.history) == len(whole.history)
+    training.take_over(earlier, later)
+    assert len(load_training_state(later / "checkpoint.pt")["state"]["history"]) == 3, "what is there is kept"
+    with pytest.raises(TrainingError, match=r"empty holds no checkpoint.pt .* expected the folder"):
+        training.take_over(tmp_path / "empty", tmp_path / "new")
+
+
 def test_automatic_batch_size_is_measured_and_explained(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(capacity, "free_device_bytes", lambda device: 40 * 2**20)
     _, said = run(corpus, tmp_path, epochs=1, batch_size="auto")
@@ -416,18 +433,21 @@ def test_plans_keep_the_recipe_when_it_fits_and_say_what_they_give_up(monkeypatc
     assert plan.config == TrainingConfig() and "No time budget" in plan.why[0]
 
     plan = capacity.plan_run(TrainingConfig(), 100, 50, 50, 10_000.0, cpu)  # needs 100 * (50 + 8.3) + 8.3 s
-    assert plan.config == TrainingConfig(time_budget_s=10_000.0) and "fits the" in plan.why[0]
+    assert plan.config == TrainingConfig(time_budget_s=10_000.0 - 50 * 0.5 / 3) and "fits the" in plan.why[0]
 
     for budget_s, crop in ((300.0, 32_000), (100.0, 16_000)):
         plan = capacity.plan_run(TrainingConfig(seed=5), 100, 50, 50, budget_s, cpu)
         assert "would take" in plan.why[0] and (plan.config.model, plan.config.crop_samples) == ("aasist-l", crop)
         assert plan.config.seed == 5 and (plan.n_train, plan.n_dev, plan.n_eval) == (100, 50, 50)
         assert plan.config.epochs == (0.85 * budget_s - 50 / 15) // ((100 * 0.2 + 50 * 0.2 / 3) * crop / 64_600)
+        assert plan.config.time_budget_s == pytest.approx(budget_s - 50 / 15), "eval is scored in the rest"
 
     plan = capacity.plan_run(TrainingConfig(), 100, 50, 50, 40.0, cpu)
     assert plan.config.model == "lfcc-lcnn" and "lfcc-lcnn" in plan.why[1]
-    plan = capacity.plan_run(TrainingConfig(model="rawnet2"), 10, 10, 10, 10.0, cpu)
-    assert plan.config.model == "rawnet2", "a model asked for by name is kept"
+    for name in ("rawnet2", "aasist"):
+        wish = TrainingConfig(model=name, loss="oc_softmax", augmentation="wild")
+        plan = capacity.plan_run(wish, 100, 50, 50, 40.0, cpu, keep_model=True)
+        assert (plan.config.model, plan.config.loss, plan.config.augmentation) == (name, "oc_softmax", "wild")
 
     plan = capacity.plan_run(TrainingConfig(), 25_380, 24_844, 71_237, 300.0, cpu)
     assert plan.config.crop_samples == 16_000 and plan.n_train < 25_380 and "trials are drawn" in plan.why[1]
@@ -449,4 +469,7 @@ def test_config_refuses_what_it_does_not_know():
         TrainingConfig(batch_size=1)
     with pytest.raises(ConfigError, match="unknown training setting epoch"):
         TrainingConfig().replace(epoch=3)
+    for weights in (0.5, "0.5", [0.5], [0.5, "x"], [0.5, 0.0]):
+        with pytest.raises(ConfigError, match="class_weights .* expected two positive numbers"):
+            TrainingConfig.from_dict({"class_weights": weights})
     assert TrainingConfig.from_dict(RECIPES["short"].to_dict()) == RECIPES["short"]
