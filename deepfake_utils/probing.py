@@ -85,7 +85,8 @@ def relevance(
     gain = torch.ones_like(spectrum.real, requires_grad=True)
     rebuilt = torch.istft(spectrum * gain, n_fft=FFT_SAMPLES, hop_length=HOP_SAMPLES, window=window, length=len(clip))
     repeated = rebuilt[torch.arange(n_samples, device=device) % len(clip)]
-    with torch.enable_grad():
+    # cuDNN differentiates a recurrent layer in training mode only.
+    with torch.enable_grad(), torch.backends.cudnn.flags(enabled=False):
         score = model(repeated[None]).logits[0, BONAFIDE]
         (by_gain,) = torch.autograd.grad(score, gain)
     return _pool(by_gain.cpu().numpy(), n_bands, max(1, round(frame_s * SAMPLE_RATE_HZ / HOP_SAMPLES)))
@@ -95,6 +96,32 @@ def _pool(values: np.ndarray, n_bands: int, n_frames: int) -> np.ndarray:
     """Sums over cells of (bins, frames); the Nyquist bin goes to the last band."""
     bands = np.add.reduceat(values, np.linspace(0, len(values) - 1, n_bands, endpoint=False).astype(int), axis=0)
     return np.add.reduceat(bands, np.arange(0, values.shape[1], n_frames), axis=1)
+
+
+@torch.no_grad()
+def temporal_attention(model: nn.Module, waveform: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return how each span of a clip attends to the others in AASIST's temporal graph, and which spans pooling keeps.
+
+    Args:
+        model: an AASIST in evaluation mode.
+        waveform: samples (n,) at 16 kHz, taken as they are.
+
+    Returns:
+        (N, N), row i is how span i spreads its attention, summing to 1; and (N,) bool.
+    """
+    layer, pool, caught = model.temporal_attention, model.temporal_pool, {}
+    hook = layer.register_forward_hook(lambda module, inputs, output: caught.update(before=inputs[0], after=output))
+    try:
+        model(torch.from_numpy(waveform)[None].to(next(model.parameters())))
+    finally:
+        hook.remove()
+    nodes = caught["before"]
+    pairs = torch.tanh(layer.pair(nodes[:, :, None] * nodes[:, None])) @ layer.pair_weight
+    attention = (pairs.squeeze(-1) / layer.temperature).softmax(-1)[0]
+    best = pool.gate(caught["after"])[0, :, 0].argsort(descending=True)
+    kept = torch.zeros(len(best), dtype=torch.bool)
+    kept[best[: int(len(best) * pool.share)].cpu()] = True
+    return attention.cpu().numpy(), kept.numpy()
 
 
 def project(embeddings: np.ndarray, *, seed: int = 0) -> dict[str, np.ndarray]:

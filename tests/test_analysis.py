@@ -266,6 +266,34 @@ def test_relevance_agrees_with_a_finite_difference_through_a_real_model_on_a_rep
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("name", ["rawnet2", "lfcc-lcnn-lstm"])
+def test_relevance_on_a_gpu_goes_through_recurrent_layers(name):
+    from deepfake_utils.models import build_model
+
+    model = build_model(name, generator=torch.Generator().manual_seed(0)).eval()
+    clip = noise(16000).astype(np.float32) / 32768
+    heat = [probing.relevance(model.to(device), clip, n_samples=16000) for device in ("cpu", "cuda")]
+    np.testing.assert_allclose(heat[1], heat[0], rtol=0, atol=1e-2 * np.abs(heat[0]).max())
+
+
+def test_temporal_attention_is_shared_out_and_is_the_one_the_model_applies():
+    from deepfake_utils.models import build_model
+
+    model = build_model("aasist-l", generator=torch.Generator().manual_seed(0)).eval()
+    clip = noise(64600).astype(np.float32) / 32768
+    caught = {}
+    model.temporal_attention.register_forward_hook(lambda module, inputs, output: caught.update(nodes=inputs[0][0]))
+    attention, kept = probing.temporal_attention(model, clip)
+    assert attention.shape == (29, 29) and kept.shape == (29,)
+    np.testing.assert_allclose(attention.sum(1), 1, rtol=1e-5)
+    assert kept.sum() == int(29 * model.temporal_pool.share)
+    layer, nodes = model.temporal_attention, caught["nodes"]
+    affinity = torch.tanh(layer.pair(nodes[3] * nodes)) @ layer.pair_weight  # of the fourth span, by itself
+    expected = (affinity[:, 0] / layer.temperature).softmax(0).detach().numpy()
+    np.testing.assert_allclose(attention[3], expected, rtol=1e-4)
+
+
 def test_window_scores_are_those_of_the_stretches_alone():
     clip = np.concatenate([np.zeros(16000), noise(24000) / 32768]).astype(np.float32)
     table = probing.window_scores(Loudness(), clip, window_s=1.0, hop_s=1.0, n_samples=32000)
