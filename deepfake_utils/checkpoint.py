@@ -151,13 +151,14 @@ def _read_companion(path: Path) -> dict:
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
+    kind = "safetensors file" if path.suffix == ".safetensors" else "PyTorch state dictionary"
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch and safetensors raise many kinds on a damaged file
+    except Exception as error:  # many kinds on a damaged file; torch's texts advise to switch its safety off
         raise CheckpointError(
-            f"{path} cannot be read as weights ({str(error).splitlines()[0]}): expected .safetensors or a .pth state dictionary"
+            f"{path} cannot be read as weights: it is no {kind}, or is damaged; were audio and weights swapped?"
         ) from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]

@@ -84,6 +84,14 @@ def test_figures_are_those_of_the_metrics(trials, scores, protocol, asv):
     assert found["tandem_eer"] > found["eer"] / 2
 
 
+def test_as_many_speakers_as_asvspoof5_make_one_table():
+    n = 2 * 737
+    keys = pd.DataFrame({"utterance": [f"E_{i:010d}" for i in range(n)], "label": np.arange(n) % 2})
+    keys["speaker"] = [f"E_{i // 2:04d}" for i in range(n)]
+    scores = keys[["utterance"]].assign(score=np.random.default_rng(0).normal(keys["label"]))
+    assert len(evaluate(scores, keys, by="speaker", n_bootstrap=0)["by"]["speaker"]) == 737
+
+
 def test_published_scores_from_their_files(reference_data):
     """The whole of it on RawGAT-ST: 1.06 % and 0.0335, and who commits the errors."""
     folder = reference_data / "published_scores"

@@ -21,8 +21,9 @@ Shape walk for 64,600 samples (4.04 s), lstm-sum pooling:
 Any length from `min_samples` up works. Under lstm-sum the embedding grows with the clip; the angle that P2SGrad and
 one-class softmax score hardly does.
 
-Differences from the paper: the front end keeps cepstral coefficient 0 (see `frontends.lfcc`), and there is a plain
-output layer for cross-entropy beside the embedding that P2SGrad reads.
+Differences from the paper: the published system reads whole recordings, here they are cut or repeated to 4.04 s as
+for the other models; the front end keeps cepstral coefficient 0 (see `frontends.lfcc`); and there is a plain output
+layer for cross-entropy beside the embedding that P2SGrad reads.
 """
 
 from __future__ import annotations
