@@ -50,14 +50,16 @@ data: str = ""  # folder with a corpus, or "demo"; empty: search the usual place
 run_dir: str = ""  # folder for results; empty: runs/latest here
 demo_scale: float = 1.0  # size of the demo corpus, fraction of the full one
 seed: int = 0  # seed of every random draw
-model: str = "aasist"  # name of the architecture, see notebook 01
-preset: str = "auto"  # "paper", "short", or "auto": the paper's recipe if it fits the time budget
+model: str = ""  # name of the architecture, see notebook 01; empty: what the preset says
+preset: str = "auto"  # "paper" (AASIST's recipe, whatever the model), "short", or "auto": paper if there is time
+loss: str = "cross_entropy"  # cross_entropy, oc_softmax or p2sgrad
 epochs: int = 0  # passes over the training split; 0: what the preset says
 batch_size: int = 0  # utterances in a training step; 0: what the preset says
 crop_s: float = 0.0  # length of a training clip, seconds; 0: what the preset says
 augmentation: str = "none"  # recipe applied to training clips: none, seed, rawboost-la, rawboost-df, wild
 n_seeds: int = 1  # runs from seed, seed + 1, ...; one per GPU at a time, each with the whole time budget
-time_budget_s: float = 39600.0  # for training and scoring together, seconds; 0: no limit
+time_budget_s: float = 39600.0  # after it training stops ("auto": earlier, in time to score eval), seconds; 0: no limit
+resume_from: str = ""  # folder 02_train of an earlier run to go on with, where that is not in run_dir
 
 # %% [markdown]
 # ## The corpus
@@ -69,8 +71,8 @@ time_budget_s: float = 39600.0  # for training and scoring together, seconds; 0:
 from IPython.display import Audio, Markdown, display
 
 from deepfake_utils import audio, plots
-from deepfake_utils.conventions import BONAFIDE, SAMPLE_RATE_HZ, SPOOF, CorpusError, atomic_write
-from deepfake_utils.corpora import DEMO_NOTICE, build_demo, find_corpora
+from deepfake_utils.conventions import BONAFIDE, SAMPLE_RATE_HZ, SPOOF, ConfigError, CorpusError, atomic_write
+from deepfake_utils.corpora import DEMO_NOTICE, build_demo, divide, find_corpora
 
 run_folder = Path(run_dir or "runs/latest").resolve()
 results = run_folder / "02_train"
@@ -93,7 +95,8 @@ def show(figure, name):
     display(figure)
 
 
-train, dev, evaluation = (corpus.protocol(split) for split in ("train", "dev", "eval"))
+(train, dev, evaluation), where_from = divide(corpus, seed)
+print(where_from)
 show(plots.corpus_overview(corpus.protocol()), "corpus")
 
 # %% [markdown]
@@ -124,13 +127,16 @@ from deepfake_utils.capacity import Plan, plan_run
 from deepfake_utils.config import RECIPES
 from deepfake_utils.runtime import pick_device
 
+if preset not in ("auto", *RECIPES):
+    raise ConfigError(f"preset {preset!r} is unknown: expected auto, {' or '.join(RECIPES)}")
 device = pick_device()
-wish = RECIPES["short" if preset == "short" else "paper"]
-wish = wish.replace(model=model if preset != "short" else wish.model, augmentation=augmentation, seed=seed)
+wish = RECIPES["paper" if preset == "auto" else preset]
+wish = wish.replace(model=model or wish.model, loss=loss, augmentation=augmentation, seed=seed)
+sizes = len(train), len(dev), len(evaluation)
 if preset == "auto":
-    plan = plan_run(wish, len(train), len(dev), len(evaluation), time_budget_s, device.device)
+    plan = plan_run(wish, *sizes, time_budget_s, device.device, keep_model=bool(model))
 else:
-    plan = Plan(wish, len(train), len(dev), len(evaluation), [f"Preset {preset!r}, as asked."])
+    plan = Plan(wish.replace(time_budget_s=time_budget_s), *sizes, [f"Preset {preset!r}, as asked."])
 print(f"Device: {device.reason}", *plan.why, sep="\n")
 
 # %%
@@ -175,16 +181,19 @@ display({recipe: ", ".join(effects) or "nothing" for recipe, effects in RECIPES.
 # | rawboost-df | 34.4 ± 1.0 | 39.6 ± 12.8 | 53.8, 28.7, 36.2 |
 # | wild | 32.8 ± 1.9 | 32.6 ± 7.1 | 40.3, 31.2, 26.2 |
 #
-# Here every recipe *hurts*: after 300 steps on 240 clips the models have not finished learning the clean ones, and the
-# demo's two classes share one recording chain, so there is no chain to unlearn. That is no verdict on RawBoost, which
-# took RawNet2 from 9.50 to 5.31 % on ASVspoof 2021 LA. It is a reminder to measure on your corpus, with seeds.
+# Here no recipe helps: `seed` and `rawboost-la` are clearly worse; `wild` and `rawboost-df` cannot be told from `none`
+# with three seeds. After 300 steps on 240 clips the models have not finished learning the clean ones, and the demo's
+# two classes share one recording chain, so there is no chain to unlearn. That is no verdict on RawBoost, which took
+# RawNet2 from 9.50 to 5.31 % on ASVspoof 2021 LA. It is a reminder to measure on your corpus, with seeds.
 
 # %% [markdown]
 # ## Train
 #
 # One loop, in `deepfake_utils/training.py`, short enough to read. Each epoch ends with the error on `dev`; the weights
-# with the lowest one are kept. The checkpoint holds optimiser, averages and random state, so a session that is cut off
-# goes on exactly where it was: run the cell again.
+# with the lowest one are kept. The checkpoint holds optimiser, averages and random state, so a run that was stopped
+# goes on exactly where it was: run the cell again. On Kaggle every session starts in an empty folder, and what an
+# earlier one saved can only be read: attach its output and give its `02_train` folder as `resume_from`, with the
+# parameters as they were and `preset` "paper" or "short" ("auto" measures anew and may plan another run).
 #
 # The **equal error rate** (EER) is the error at the threshold where as many bona fide clips are rejected as spoofed
 # ones are accepted. A coin has 50 %.
@@ -192,19 +201,26 @@ display({recipe: ", ".join(effects) or "nothing" for recipe, effects in RECIPES.
 # %%
 from deepfake_utils import fit
 from deepfake_utils.jobs import fit_seeds, run_job
+from deepfake_utils.training import take_over
 
+if resume_from:
+    take_over(resume_from, results)
+on_kaggle = Path("/kaggle/working").is_dir()  # what lies there is saved with the notebook: not waveforms
+scratch = Path("/tmp/waveforms") if on_kaggle else run_folder.parent / "waveforms"
 curves = display(display_id=True)
+
+
+def redraw(history):
+    """Draw the curves so far in place of the last ones."""
+    if curves:
+        curves.update(plots.training_curves(history))
+
+
+# %%
 if n_seeds == 1:
-    on_kaggle = Path("/kaggle/working").is_dir()  # what lies there is saved with the notebook: not waveforms
-    scratch = Path("/tmp/waveforms") if on_kaggle else run_folder.parent / "waveforms"
-
-    def redraw(history):
-        if curves:
-            curves.update(plots.training_curves(history))
-
     result = fit(train, dev, results, config, waveforms_dir=scratch, on_epoch=redraw, say=print)
 else:
-    seeds = fit_seeds(train, dev, results, config, range(seed, seed + n_seeds))
+    seeds = fit_seeds(train, dev, results, config, range(seed, seed + n_seeds), waveforms_dir=scratch)
     display(seeds)
     result = run_job(results / f"seed_{seed}", say=print)
 

@@ -143,7 +143,7 @@ def score_file_of(split):
 # %%
 def scored_trials(split):
     """The trials of a split that have a score; without a score file they are scored here."""
-    protocol, file = corpus.protocol(split), score_file_of(split)
+    protocol, file = corpus.protocol(split if split in corpus.splits else "eval"), score_file_of(split)
     part = analysis.scored_part(protocol, read_scores(file).frame) if file else protocol.head(0)
     if part.empty and detector is None:
         raise ScoreError(f"{file} has no trial of {corpus.name} {split}: give weights, or a file with dev and eval")
@@ -160,11 +160,21 @@ def scored_trials(split):
 from tqdm.auto import tqdm
 
 evaluation = scored_trials("eval")
-if "dev" in corpus.splits:
+phases = set(evaluation.get("phase", ()))
+origin = json.loads((trained / "result.json").read_text())["corpus"] if trained else {}
+if "dev" in corpus.splits or origin.get("fingerprint") == corpus.fingerprint():  # or notebook 02 has drawn a dev
     dev = scored_trials("dev")
+elif {"progress", "eval"} <= phases:
+    dev, evaluation = (
+        evaluation[evaluation["phase"] == phase].reset_index(drop=True) for phase in ("progress", "eval")
+    )
+    print(f"All figures are of phase eval, {len(evaluation):,} trials, as published ones of ASVspoof 2021 are; "
+          f"phase progress, {len(dev):,} trials, stands in for dev.")  # fmt: skip
 else:
     dev, evaluation = analysis.split_by_speaker(evaluation, seed)
     print(f"This corpus has no dev split: half of eval, {len(dev):,} trials of other speakers, stands in for it.")
+
+# %%
 seen = set(corpus.protocol("train")["attack"]) if "train" in corpus.splits else set()
 speakers = analysis.speakers_of(evaluation)
 paths = tqdm(evaluation["path"], desc="lengths", unit="utt", delay=1, leave=False)
@@ -187,11 +197,16 @@ evaluation["length"] = length.astype(str)
 # %%
 from deepfake_utils import evaluate
 from deepfake_utils import metrics as measures
+from deepfake_utils.scorefile import read_asv_scores
 
 threshold = measures.compute_eer(dev["score"], dev["label"]).threshold
-columns = ["speaker", "length", *sorted({"codec", "transmission", "phase"} & set(evaluation.columns))]
+columns = ["speaker", "length", *sorted({"codec", "transmission"} & set(evaluation.columns))]
+asv_file = corpus.asv_scores("eval")
+asv = read_asv_scores(asv_file) if asv_file else None
+if asv is not None and "phase" in asv:
+    asv = asv[asv["phase"].isin(evaluation["phase"])]
 result = evaluate(
-    evaluation[["utterance", "score"]], evaluation.drop(columns="score"), corpus.asv_scores("eval"),
+    evaluation[["utterance", "score"]], evaluation.drop(columns="score"), asv,
     by=columns, threshold=threshold, n_bootstrap=n_bootstrap, seed=seed, attack_intervals=True,
 )  # fmt: skip
 tabulate(report.headline_table(result))
@@ -270,10 +285,7 @@ display(Markdown("\n".join(f"- *{use}*: {preset.reasoning}" for use, preset in P
 # what the threshold from dev pays.
 
 # %%
-from deepfake_utils.scorefile import read_asv_scores
-
-if asv_file := corpus.asv_scores("eval"):
-    asv = read_asv_scores(asv_file)
+if asv is not None:
     rates = measures.asv_error_rates(asv["score"], asv["key"])
     curve = measures.det_points(values, labels)
     costs = {form: measures.tandem_curve(curve, rates, revised=form == "2021") for form in ("2019", "2021")}
@@ -329,12 +341,11 @@ show(plots.gap_parts(gap), "gap")
 total = gap.attrs["eval_error"] - gap.attrs["dev_error"]
 novel = gap.loc[~gap["what"].isin(seen | {"bona fide"}), "part"].sum()
 known = gap.loc[gap["what"].isin(seen), "part"].sum()
-display(Markdown(f"""| | points of error |
-|---|---|
-| dev to eval | {100 * total:+.1f} |
-| attacks not in training | {100 * novel:+.1f} |
-| attacks in training | {100 * known:+.1f} |
-| bona fide speech of other speakers | {100 * gap["part"][0]:+.1f} |"""))
+parts = {"attacks not in training": novel, "attacks in training": known} if seen else {}
+parts = parts or {"attacks (training set not known)": novel}
+parts = {"dev to eval": total, **parts, "bona fide speech of other speakers": gap["part"][0]}
+lines = [f"| {what} | {100 * part:+.1f} |" for what, part in parts.items()]
+display(Markdown("\n".join(["| | points of error |", "|---|---|", *lines])))
 
 # %% [markdown]
 # ## Did it listen to speech?
@@ -503,7 +514,7 @@ display(Markdown((f"> {notice}\n\n" if notice else "") + "\n".join(f"- {line}" f
 # %%
 page = report.write_html(
     results / "report.html", result, evaluation[["utterance", "score"]], evaluation.drop(columns="score"),
-    corpus.asv_scores("eval"), title=f"Countermeasure on {corpus.name}", notice=notice,
+    asv, title=f"Countermeasure on {corpus.name}", notice=notice,
 )  # fmt: skip
 extra = {
     "dev_threshold": threshold,
