@@ -54,8 +54,8 @@ def evaluate(
         cllr, which take the scores for log-likelihood ratios (calibrate first); min_cllr; auc;
         eer_ci, min_dcf_ci, min_tdcf_ci, min_tdcf_revised_ci: [low, high], the ASV system held fixed;
         accuracy, p_miss, p_fa at `threshold`, and threshold_source; n_bonafide, n_spoof, n_speakers;
-        per_attack: {attack: {n, eer (against all bona fide), eer_ci, p_fa, share_of_errors}}, the shares and
-        bonafide_share_of_errors adding up to 1;
+        per_attack: {attack: {n, eer and min_tdcf (2019; against all bona fide), eer_ci, p_fa, share_of_errors}}, the
+        shares and bonafide_share_of_errors adding up to 1;
         by: {column: {value: {n_bonafide, n_spoof, against, eer, eer_ci, p_miss, p_fa}}}, where a value with
         one class only is held against all trials of the other, which `against` says;
         phase, higher_is, score_dialect, confidence, n_bootstrap, seed, warnings (texts), and bootstrap_unit:
@@ -114,7 +114,7 @@ def evaluate(
     interval = _interval_maker(n_bootstrap, seed, confidence)
     result |= _headline_intervals(score, label, clusters, asv, interval)
     row_interval = interval if attack_intervals else None
-    result |= _per_attack(trials, score, label, clusters, at, row_interval)
+    result |= _per_attack(trials, score, label, clusters, at, row_interval, asv)
     columns = [by] if isinstance(by, str) else list(by or ())
     result["by"] = {c: _breakdown(trials, c, score, label, clusters, at, row_interval) for c in columns}
     return result | {
@@ -300,7 +300,20 @@ def _eer_and_interval(score, label, clusters, chosen: np.ndarray, interval) -> d
     return row
 
 
-def _per_attack(trials: pd.DataFrame, score, label, clusters, threshold: float, interval) -> dict:
+def _attack_tdcf(score, label, asv: pd.DataFrame | None, attack: str) -> float | None:
+    """Min t-DCF (2019) of one attack's trials, the ASV system at its own operating point but met by this attack only."""
+    if asv is None:
+        return None
+    met = asv[(asv["key"] != "spoof") | (asv["attack"] == attack)]
+    try:
+        return metrics.min_tdcf_2019(score, label, metrics.asv_error_rates(met["score"], met["key"]))
+    except ScoreError:  # no ASV trial of this attack, or none that the ASV system accepts
+        return None
+
+
+def _per_attack(
+    trials: pd.DataFrame, score, label, clusters, threshold: float, interval, asv: pd.DataFrame | None
+) -> dict:
     """Each attack against all bona fide trials, and who commits the errors at the threshold."""
     accepted = score >= threshold
     is_bonafide = label == BONAFIDE
@@ -315,8 +328,9 @@ def _per_attack(trials: pd.DataFrame, score, label, clusters, threshold: float, 
     attack = trials["attack"].to_numpy()
     for name in sorted(set(attack[~is_bonafide]), key=str):
         of_attack = ~is_bonafide & (attack == name)
-        row = {"n": int(of_attack.sum())}
-        row |= _eer_and_interval(score, label, clusters, is_bonafide | of_attack, interval)
+        chosen = is_bonafide | of_attack
+        row = {"n": int(of_attack.sum()), "min_tdcf": _attack_tdcf(score[chosen], label[chosen], asv, name)}
+        row |= _eer_and_interval(score, label, clusters, chosen, interval)
         row |= {"p_fa": float(accepted[of_attack].mean()), "share_of_errors": share(of_attack & accepted)}
         result["per_attack"][str(name)] = row
     return result

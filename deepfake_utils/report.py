@@ -78,7 +78,8 @@ def headline_table(result: dict) -> pd.DataFrame:
 
 
 def attack_table(result: dict) -> pd.DataFrame:
-    """One row an attack, the hardest first: trials, EER against all bona fide with interval, its share of all errors.
+    """One row an attack, the hardest first: trials, EER against all bona fide with interval, min t-DCF where there were
+    ASV scores, its share of all errors.
 
     Args:
         result: what `evaluation.evaluate` returned.
@@ -89,17 +90,19 @@ def attack_table(result: dict) -> pd.DataFrame:
             "trials": f"{row['n']:,}",
             "EER %": percent(row["eer"]),
             "interval": percent_interval(row["eer_ci"]),
+            "min t-DCF, 2019": "-" if row["min_tdcf"] is None else f"{row['min_tdcf']:.4f}",
             "accepted %": percent(row["p_fa"]),
             "share of all errors %": percent(row["share_of_errors"], 1),
         }
         for attack, row in sorted(result["per_attack"].items(), key=lambda item: -item[1]["eer"])
     ]
     if rows and result.get("bonafide_share_of_errors") is not None:
-        dashes = dict.fromkeys(("EER %", "interval", "accepted %"), "-")
+        dashes = dict.fromkeys(("EER %", "interval", "min t-DCF, 2019", "accepted %"), "-")
         share = percent(result["bonafide_share_of_errors"], 1)
         trials = f"{result['n_bonafide']:,}"
         rows.append({"attack": "bona fide", "trials": trials, **dashes, "share of all errors %": share})
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(rows)
+    return table.drop(columns="min t-DCF, 2019") if result["min_tdcf"] is None and rows else table
 
 
 def attack_rows(result: dict) -> pd.DataFrame:

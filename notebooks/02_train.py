@@ -68,6 +68,7 @@ resume_from: str = ""  # folder 02_train of an earlier run to go on with, where 
 # A trial is one recording with its label; `train` teaches, `dev` selects, `eval` is looked at once.
 
 # %%
+import pandas as pd
 from IPython.display import Audio, Markdown, display
 
 from deepfake_utils import audio, plots
@@ -97,7 +98,7 @@ def show(figure, name):
 
 (train, dev, evaluation), where_from = divide(corpus, seed)
 print(where_from)
-show(plots.corpus_overview(corpus.protocol()), "corpus")
+show(plots.corpus_overview(pd.concat([train, dev, evaluation])), "corpus")
 
 # %% [markdown]
 # Attacks that appear in `eval` only are the point: a detector that knows the vocoders it was trained on has learned
@@ -267,8 +268,6 @@ systems = {"dev": (dev_scores["score"].to_numpy(), dev["label"].to_numpy()), "ev
 show(plots.det_curves(systems), "det")
 
 # %%
-import pandas as pd
-
 rows = [
     {"attack": attack, "eer": row["eer"], "n": row["n"], **dict(zip(("low", "high"), row["eer_ci"] or ()))}
     for attack, row in metrics["per_attack"].items()

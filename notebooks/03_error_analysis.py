@@ -432,8 +432,9 @@ for row in hard.itertuples() if detector is not None else ():
     windows = probing.window_scores(detector, waveform)
     heat = probing.relevance(detector, waveform)
     title = f"{row.kind}: {row.utterance}, {'bona fide' if row.label else row.attack}, speaker {row.speaker}"
+    name = row.utterance.replace("/", "_")  # in a plain folder it is a path
     show(plots.clip_under_the_lens(waveform[:CROP_SAMPLES], windows, heat, whole=row.score, threshold=threshold,
-                                   title=title), f"hard_{row.utterance}")  # fmt: skip
+                                   title=title), f"hard_{name}")  # fmt: skip
     display(Audio(waveform, rate=SAMPLE_RATE_HZ))
 
 # %% [markdown]

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from deepfake_utils import metrics
+from deepfake_utils import evaluation, metrics
 from deepfake_utils.conventions import ConfigError, ScoreError
 from deepfake_utils.evaluation import evaluate
 
@@ -145,6 +145,16 @@ class TestIntervals:
 
 
 class TestBreakdowns:
+    def test_tdcf_of_an_attack_is_that_of_a_corpus_with_this_attack_only(self, trials, protocol, asv):
+        found = evaluate(trials[["utterance", "score"]], protocol, asv, n_bootstrap=0)
+        alone = trials[trials["attack"] != "A08"]
+        met = asv[asv["attack"] != "A08"]
+        scores = alone[["utterance", "score"]]
+        expected = evaluate(scores, alone.drop(columns="score"), met, n_bootstrap=0)["min_tdcf"]
+        assert found["per_attack"]["A07"]["min_tdcf"] == expected != found["min_tdcf"]
+        without = evaluate(trials[["utterance", "score"]], protocol, n_bootstrap=0)
+        assert without["per_attack"]["A07"]["min_tdcf"] is None
+
     def test_per_attack(self, trials, scores, protocol):
         found = evaluate(scores, protocol, n_bootstrap=30, attack_intervals=True)
         for attack, row in found["per_attack"].items():
@@ -196,7 +206,8 @@ class TestBreakdowns:
         assert list(rows) == ["alaw", "none", "missing"]
         assert sum(row["n_bonafide"] + row["n_spoof"] for row in rows.values()) == 600
 
-    def test_by_what_is_not_there_or_too_much(self, scores, protocol):
+    def test_by_what_is_not_there_or_too_much(self, scores, protocol, monkeypatch):
+        monkeypatch.setattr(evaluation, "_MAX_GROUPS", 500)
         with pytest.raises(ConfigError, match="by='codek' is no column .*codec"):
             evaluate(scores, protocol, by="codek", n_bootstrap=0)
         with pytest.raises(ConfigError, match="600 values"):

@@ -35,8 +35,11 @@ def divide(corpus: Corpus, seed: int) -> tuple[list[pd.DataFrame], str]:
     if unknown:
         speakers = (
             f"the speaker of {unknown:,} of {len(trials):,} trials is not known, so one person may be in several of "
-            "them, and the error on eval is too low to expect of strangers"
+            "them, and among strangers more errors are to be expected than on eval"
         )
     tables = [trials[trials["split"] == split].reset_index(drop=True) for split in SPLITS]
     shares = ", ".join(f"{100 * share:g} % {split}" for share, split in zip(SHARES, SPLITS, strict=True))
-    return tables, f"Nothing here names a train split, so splits were drawn (seed {seed}): {shares}; {speakers}."
+    return tables, (
+        f"Nothing here names a train split, so splits were drawn (seed {seed}): {shares}; {speakers}. "
+        "Attacks are not kept apart."
+    )
