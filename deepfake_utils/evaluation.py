@@ -301,7 +301,7 @@ def _eer_and_interval(score, label, clusters, chosen: np.ndarray, interval) -> d
 
 
 def _attack_tdcf(score, label, asv: pd.DataFrame | None, attack: str) -> float | None:
-    """Min t-DCF (2019) of one attack's trials, the ASV system at its own operating point but met by this attack only."""
+    """Min t-DCF (2019) of one attack's trials: the ASV system at its operating point, met by this attack only."""
     if asv is None:
         return None
     met = asv[(asv["key"] != "spoof") | (asv["attack"] == attack)]

@@ -25,7 +25,6 @@ from deepfake_utils.audio import fit_length, read_audio
 from deepfake_utils.conventions import BONAFIDE, CROP_SAMPLES, SAMPLE_RATE_HZ, SPOOF
 from deepfake_utils.probing import temporal_attention
 
-
 N_RECORDINGS = 50  # of each class
 
 
