@@ -30,7 +30,7 @@ from deepfake_utils.models.fused import (
     PatchMoments,
     run_block,
 )
-from deepfake_utils.models.tiling import Pooled, run_tiles
+from deepfake_utils.models.tiling import run_tiles
 
 
 def count_batch(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, n_values: int) -> None:
@@ -102,9 +102,7 @@ class ResidualBlock(nn.Module):
             count_batch(self.norm, mean, var, n_values(x))
             return out.transpose(2, 3)
         weight, bias = fold_norm(self.conv1, self.norm, self.norm.running_mean, self.norm.running_var)
-        pooled = Pooled.empty(x, len(bias), x.shape[3], with_winners=False)
-        run_tiles(run_block, x, pooled, weight, bias - SELU_ALPHA, *convs)
-        return pooled.largest.transpose(2, 3)
+        return run_tiles(run_block, x, weight, bias - SELU_ALPHA, *convs).largest.transpose(2, 3)
 
 
 class FirstBlock(ResidualBlock):
@@ -122,8 +120,10 @@ class FirstBlock(ResidualBlock):
         weight, bias = fold_norm(self.conv1, self.norm, *self._statistics(x))
         if not x.is_cpu:
             return self._whole(x, weight, bias)
-        convs = fold_shortcut(self.conv2, self.shortcut)
-        return FirstBlockTiles.apply(x, weight, bias - SELU_ALPHA, *convs).transpose(2, 3)
+        parameters = weight, bias - SELU_ALPHA, *fold_shortcut(self.conv2, self.shortcut)
+        if not torch.is_grad_enabled():
+            return run_tiles(FirstBlockTiles.run, x, *parameters).largest.transpose(2, 3)
+        return FirstBlockTiles.apply(x, *parameters).transpose(2, 3)
 
     def _whole(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """The block on x (B, 1, frames, bands) without tiles: a GPU wants whole maps, channels last."""

@@ -99,8 +99,7 @@ class FirstBlockTiles(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, *parameters):
-        pooled = Pooled.empty(x, len(parameters[0]), x.shape[3], any(ctx.needs_input_grad))
-        run_tiles(FirstBlockTiles.run, x, pooled, *parameters)
+        pooled = run_tiles(FirstBlockTiles.run, x, *parameters, with_winners=True)
         ctx.save_for_backward(x, pooled.first, pooled.second, *parameters)
         return pooled.largest
 

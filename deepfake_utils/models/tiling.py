@@ -154,14 +154,19 @@ class Pooled(NamedTuple):
         return whole.flatten(1, 2).permute(0, 3, 1, 2)
 
 
-def run_tiles(run: Callable[..., Tensor], x: Tensor, pooled: Pooled, *parameters: Tensor) -> None:
-    """Pool what `run(tile.cut(x), tile, *parameters)` returns, for all tiles of x."""
+def run_tiles(run: Callable[..., Tensor], x: Tensor, *parameters: Tensor, with_winners: bool = False) -> Pooled:
+    """Pool what `run(tile.cut(x), tile, *parameters)` returns, for all tiles of x.
+
+    The first parameter is a weight with as many rows as the result has channels.
+    """
+    pooled = Pooled.empty(x, len(parameters[0]), x.shape[3], with_winners)
 
     def run_one(tile: Tile) -> None:
         pooled.of(tile.utterances, slice(tile.start, tile.stop)).fill(run(tile.cut(x), tile, *parameters))
 
     for _ in side_by_side(run_one, tiles_of(x)):
         pass
+    return pooled
 
 
 def side_by_side(function: Callable[[Any], Any], items: list) -> Iterable[Any]:
