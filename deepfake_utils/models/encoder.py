@@ -22,14 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from deepfake_utils.frontends.sinc import SincFilters
-from deepfake_utils.models.fused import (
-    SELU_ALPHA,
-    SELU_SCALE,
-    FirstBlockTiles,
-    LaterBlockTiles,
-    PatchMoments,
-    run_block,
-)
+from deepfake_utils.models.fused import FirstBlockTiles, LaterBlockTiles, PatchMoments, run_block
 from deepfake_utils.models.tiling import run_tiles
 
 
@@ -55,12 +48,12 @@ def frames_first(conv: nn.Conv2d) -> tuple[Tensor, Tensor]:
 
 
 def fold_shortcut(conv: nn.Conv2d, shortcut: nn.Conv2d | None) -> tuple[Tensor, ...]:
-    """`frames_first` of conv, for an argument without SELU's scale, and of the shortcut, with one bias for both."""
+    """`frames_first` of conv and of the shortcut, with one bias for both."""
     weight, bias = frames_first(conv)
     if shortcut is None:
-        return SELU_SCALE * weight, bias
+        return weight, bias
     shortcut_weight, shortcut_bias = frames_first(shortcut)
-    return SELU_SCALE * weight, bias + shortcut_bias, shortcut_weight
+    return weight, bias + shortcut_bias, shortcut_weight
 
 
 def fold_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,7 +95,7 @@ class ResidualBlock(nn.Module):
             count_batch(self.norm, mean, var, n_values(x))
             return out.transpose(2, 3)
         weight, bias = fold_norm(self.conv1, self.norm, self.norm.running_mean, self.norm.running_var)
-        return run_tiles(run_block, x, weight, bias - SELU_ALPHA, *convs).largest.transpose(2, 3)
+        return run_tiles(run_block, x, weight, bias, *convs).largest.transpose(2, 3)
 
 
 class FirstBlock(ResidualBlock):
@@ -120,7 +113,7 @@ class FirstBlock(ResidualBlock):
         weight, bias = fold_norm(self.conv1, self.norm, *self._statistics(x))
         if not x.is_cpu:
             return self._whole(x, weight, bias)
-        parameters = weight, bias - SELU_ALPHA, *fold_shortcut(self.conv2, self.shortcut)
+        parameters = weight, bias, *fold_shortcut(self.conv2, self.shortcut)
         if not torch.is_grad_enabled():
             return run_tiles(FirstBlockTiles.run, x, *parameters).largest.transpose(2, 3)
         return FirstBlockTiles.apply(x, *parameters).transpose(2, 3)

@@ -8,8 +8,6 @@ kept for the backward pass.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,19 +27,9 @@ PLACES = tuple((i, j) for i in (0, 1, 2) for j in (0, 1))  # of the values of a 
 SELU_ALPHA, SELU_SCALE = 1.6732632423543772, 1.0507009873554805  # arXiv 1706.02515, equation 14
 
 
-def elu_(lowered: Tensor) -> Tensor:
-    """ELU of lowered + SELU_ALPHA, in place: SELU without its scale, which the next convolution's weight can hold.
-
-    F.selu spends its time in expm1. With an argument lowered by alpha (which a bias can do) and alpha exp(alpha) in
-    place of alpha, nothing need be subtracted from exp, and four quick operations are left.
-    """
-    below = lowered.clamp(max=-SELU_ALPHA).exp_()
-    return lowered.clamp_(min=-SELU_ALPHA).add_(below, alpha=SELU_ALPHA * math.exp(SELU_ALPHA))
-
-
-def elu_backward(grad: Tensor, result: Tensor) -> Tensor:
-    """The gradient of ELU's argument from that of its result."""
-    return torch.ops.aten.elu_backward(grad, SELU_ALPHA, 1, 1, True, result)
+def selu_backward(grad: Tensor, result: Tensor) -> Tensor:
+    """The gradient of SELU's argument from that of its result."""
+    return torch.ops.aten.elu_backward(grad, SELU_ALPHA, SELU_SCALE, 1, True, result)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -105,8 +93,8 @@ class FirstBlockTiles(torch.autograd.Function):
 
     @staticmethod
     def hidden(patches: Tensor, tile: Tile, weight: Tensor, bias: Tensor) -> Tensor:
-        """ELU of conv1, (B, channels, frames, bands + 1)."""
-        hidden = elu_(torch.addmm(bias, patches.flatten(1).T, weight.flatten(1).T))
+        """SELU of conv1, (B, channels, frames, bands + 1)."""
+        hidden = torch.selu_(torch.addmm(bias, patches.flatten(1).T, weight.flatten(1).T))
         return tile.clear_outside(hidden.view(*patches.shape[1:], -1).permute(0, 3, 1, 2))
 
     @staticmethod
@@ -130,7 +118,7 @@ class FirstBlockTiles(torch.autograd.Function):
         patches = patches_of(part, tile.padding)
         hidden = FirstBlockTiles.hidden(patches, tile, weight, bias)
         hidden_grad, weight2_grad, bias2_grad = conv_gradient(out_grad, hidden, weight2, (0, 0), (True, True, True))
-        rows = _rows(tile.clear_outside(elu_backward(hidden_grad, hidden))).flatten(0, 2)
+        rows = _rows(tile.clear_outside(selu_backward(hidden_grad, hidden))).flatten(0, 2)
         out_rows = _rows(out_grad).flatten(0, 2)
 
         patch_grad = (rows @ weight.flatten(1)).T.reshape(patches.shape)
@@ -206,7 +194,7 @@ def run_block(part: Tensor, tile: Tile, weight1, bias1, weight2, bias2, *shortcu
     """A tile's output, before pooling, of a residual block whose norm is folded into the first convolution."""
     if any(tile.padding):
         part = F.pad(part, (0, 0, *tile.padding))
-    hidden = tile.clear_outside(elu_(F.conv2d(part, weight1, bias1, padding=(0, 1))))
+    hidden = tile.clear_outside(torch.selu_(F.conv2d(part, weight1, bias1, padding=(0, 1))))
     out = F.conv2d(hidden, weight2, bias2)
     return out.add_(F.conv2d(part[:, :, 1:-1], *shortcut) if shortcut else part[:, :, 2:-2])
 
@@ -236,7 +224,7 @@ class LaterBlockTiles(torch.autograd.Function):
         var = squares / count
         inverse_deviation = (var + eps).rsqrt()
         scale = gamma * inverse_deviation
-        shift = beta - mean * scale - SELU_ALPHA
+        shift = beta - mean * scale
 
         def second_half(span: Span):
             part = F.conv2d(activate(span, pre, scale, shift), weight2, bias2)
@@ -262,7 +250,7 @@ class LaterBlockTiles(torch.autograd.Function):
         def second_half(span: Span):
             grad, hidden = gradient_around(span, pooled), activate(span, pre, scale, shift)
             inner, inner_grad = hidden[:, :, 1:-1], grad[:, :, 1:-1]
-            part = elu_backward(gradient_of_input(grad, inner, weight2, 0), inner)
+            part = selu_backward(gradient_of_input(grad, inner, weight2, 0), inner)
             span.of(norm_grad).copy_(part)
             rows = _rows(part)
             sums = [rows.sum((0, 1, 2)), (rows * (_rows(span.of(pre)) - mean)).sum((0, 1, 2))]
@@ -308,8 +296,8 @@ def gradient_around(span: Span, pooled: Pooled) -> Tensor:
 
 
 def activate(span: Span, pre: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """ELU(scale * pre + shift + SELU_ALPHA) of the span and a frame on either side, zero outside of the map."""
-    hidden = elu_(torch.addcmul(shift, _rows(span.around(pre)), scale)).permute(0, 3, 1, 2)
+    """SELU(scale * pre + shift) of the span and a frame on either side, zero outside of the map."""
+    hidden = torch.selu_(torch.addcmul(shift, _rows(span.around(pre)), scale)).permute(0, 3, 1, 2)
     return span.clear_outside(hidden)
 
 
