@@ -68,7 +68,7 @@ aasist_weights: str = ""  # weights of an AASIST, such as AASIST.pth, for the pi
 # | AASIST | 297,866 | 0.83 | 0.0275 | Jung et al., ICASSP 2022, arXiv 2110.01200 |
 # | AASIST-L | 85,306 | 0.99 | 0.0309 | the same |
 # | RawGAT-ST | 437,034 | 1.06 | 0.0335 | Tak et al., arXiv 2107.12710 |
-# | RawNet2 | 17.6 million | 4.66 to 5.64 | | Tak et al., arXiv 2011.01108, with three filter banks |
+# | RawNet2 | 17.6 million | 4.3 to 5.1 | | Tak et al., arXiv 2011.01108, and a retrain |
 # | LFCC-LCNN-LSTM, P2SGrad | 0.28 million | 1.92 to 3.10 | 0.052 to 0.075 | Wang and Yamagishi, arXiv 2103.11326 |
 # | LFCC-ResNet18, one-class softmax | 12.5 million | 2.19 | 0.059 | Zhang et al., arXiv 2010.13995 |
 #
@@ -77,8 +77,8 @@ aasist_weights: str = ""  # weights of an AASIST, such as AASIST.pth, for the pi
 # 1. **AASIST's 0.83 % is the best checkpoint, and *best* was judged on the evaluation set.** The published script keeps
 #    the epoch with the lowest eval t-DCF. People who retrain it report 1.3 (chosen on eval, too) to 3.2 %
 #    (clovaai/aasist, issues 5 and 7; issflab/spoof_SUPERB); that is what to expect, and what to compare with.
-# 2. **RawNet2's 1.12 % is not RawNet2's.** It is its fusion with an LFCC-GMM. Alone it has 4.66 to 5.64 % in its paper,
-#    and 4.30 % retrained (asvspoof-challenge/2021, issue 4).
+# 2. **RawNet2's 1.12 % is not RawNet2's.** It is its fusion with an LFCC-GMM. Alone it is reported at 4.3 to 5.1 %; a
+#    retrain had 4.30 % (asvspoof-challenge/2021, issue 4).
 # 3. **A single number hides the seed.** Six seeds of the *same* LFCC-LCNN gave 1.92, 2.09, 2.43, 2.50, 2.62 and 3.10 %.
 #    Most differences in the table are smaller than that.
 # 4. **None of it carries over to other recordings.** The published AASIST has 12.4 % on ASVspoof 2021 LA, 17.0 % on
@@ -290,7 +290,7 @@ for name in tqdm(names, desc="scoring", unit="model"):
 published = {
     "aasist": "0.83 (retrained 1.3 to 3.2)",
     "aasist-l": "0.99",
-    "rawnet2": "4.66 to 5.64",
+    "rawnet2": "4.3 to 5.1",
     "lfcc-lcnn-lstm": "1.92 to 3.10",
     "lfcc-resnet18": "2.19",
 }
