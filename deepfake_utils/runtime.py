@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -152,10 +152,9 @@ def pick_precision(device: torch.device, request: str = "auto") -> Precision:
             raise ConfigError(f"precision {request!r} is unknown: expected auto, {', '.join(by_name)}")
         if request == "fp16" and device.type == "cpu":
             raise ConfigError("precision fp16 needs a GPU: use fp32 or bf16 on the CPU")
-        chosen = by_name[request]
-        return Precision(chosen.name, chosen.autocast_dtype, chosen.needs_scaler, f"{request}, as asked")
+        return replace(by_name[request], reason=f"{request}, as asked")
     if device.type != "cuda":
-        return Precision("fp32", None, False, "fp32: the CPU gains nothing reliable from half precision")
+        return replace(FLOAT32, reason="fp32: the CPU gains nothing reliable from half precision")
     return precision_for_capability(torch.cuda.get_device_capability(device))
 
 
@@ -169,13 +168,13 @@ def precision_for_capability(capability: tuple[int, int]) -> Precision:
     """
     major, minor = capability
     if major >= 8:
-        return Precision("bf16", torch.bfloat16, False, f"bf16: compute capability {major}.{minor} has it in hardware")
+        return replace(BFLOAT16, reason=f"bf16: compute capability {major}.{minor} has it in hardware")
     if major == 7:
         reason = (
             f"fp16 with loss scaling: compute capability {major}.{minor} has fp16 tensor cores and only emulates bf16"
         )
-        return Precision("fp16", torch.float16, True, reason)
-    return Precision("fp32", None, False, f"fp32: compute capability {major}.{minor} has no tensor cores")
+        return replace(FLOAT16, reason=reason)
+    return replace(FLOAT32, reason=f"fp32: compute capability {major}.{minor} has no tensor cores")
 
 
 def seed_everything(seed: int) -> None:

@@ -138,6 +138,12 @@ def logit_difference(pair: Pair, waveform: Tensor, precision: str) -> float:
     return (found.float() - expected).abs().max().item()
 
 
+def gradient_differences(pair: Pair, waveform: Tensor) -> list[float]:
+    """At five levels, lowest first: where two values are almost alike, rounding decides which is the maximum and gets
+    the gradient, and either code is then off by a few thousandths of what double precision gives."""
+    return sorted(gradient_difference(pair, gain * waveform) for gain in (1, 0.99, 0.98, 0.97, 0.96))
+
+
 def gradient_difference(pair: Pair, waveform: Tensor) -> float:
     gradients = []
     for model in (pair.ours, pair.theirs):
@@ -182,9 +188,10 @@ def compare(pair: Pair, waveform: Tensor, precision: str, options: argparse.Name
     agree = difference <= LOGIT_TOLERANCE[precision]
     print(f"  largest logit difference {difference:.1e} (tolerance {LOGIT_TOLERANCE[precision]:.0e})")
     if precision == "fp32" and len(waveform) > 1:
-        difference = gradient_difference(pair, waveform)
+        low, _, difference, _, high = gradient_differences(pair, waveform)
         agree &= difference <= GRADIENT_TOLERANCE
-        print(f"  gradient difference {difference:.1e} of its norm (tolerance {GRADIENT_TOLERANCE:.0e})")
+        spread = f"median over 5 levels, {low:.1e} to {high:.1e}"
+        print(f"  gradient difference {difference:.1e} of its norm ({spread}; tolerance {GRADIENT_TOLERANCE:.0e})")
     if not agree:
         print("  REFUSED: the outputs differ by more than the tolerance; no ratio is printed")
         return False

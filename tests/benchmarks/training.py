@@ -4,9 +4,10 @@
     python tests/benchmarks/training.py --data FOLDER --models aasist aasist-l rawnet2 --paths store device
     python tests/benchmarks/training.py --lengths 64600 --batch 24        # the published sizes
 
-For every model, precision and data path one epoch is trained through `fit`. The bare step (forward, loss, backward,
-optimiser on a batch already in place) is timed between the loop's epochs, in the same process, so that both meet the
-same machine. "loop adds" is the loop's time over the bare steps' time; "LA epoch" is 25,380 utterances at this speed.
+For every model, precision and data path some epochs are trained through `fit`. The bare step (forward, loss, backward,
+optimiser on a batch already in place) is timed before and after each epoch, in the same process, so that both meet
+the same machine. "loop adds" compares an epoch with the bare steps around it: the median over the epochs, and the
+lowest and the highest. "LA epoch" is 25,380 utterances at this speed.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from deepfake_utils.capacity import activation_bytes, in_words
+from deepfake_utils.capacity import in_words, step_bytes
 from deepfake_utils.config import TrainingConfig
 from deepfake_utils.corpora import build_demo, find_corpora
 from deepfake_utils.losses import WeightedCrossEntropy
@@ -36,8 +37,8 @@ LA_TRAIN_UTTERANCES = 25_380
 LA_EPOCHS = 100
 
 
-def bare_steps(config: TrainingConfig, device: torch.device, n_steps: int) -> float:
-    """Seconds a step of the same size takes with its batch already in place."""
+def bare_step(config: TrainingConfig, device: torch.device, n_steps: int) -> float:
+    """Seconds a step of the same size takes with its batch already in place: the median of n_steps."""
     precision = pick_precision(device, config.precision)
     model = build_model(config.model, generator=torch.Generator().manual_seed(0)).to(device)
     criterion = WeightedCrossEntropy().to(device)
@@ -65,31 +66,32 @@ def bare_steps(config: TrainingConfig, device: torch.device, n_steps: int) -> fl
 
 def measure(train, dev, config: TrainingConfig, device: torch.device, n_bare: int) -> dict:
     """One line of the table: epochs through the loop, with bare steps before, between and after them."""
-    bare = [bare_steps(config, device, n_bare)]
+    bare = [bare_step(config, device, n_bare)]
     with tempfile.TemporaryDirectory() as folder:
 
         def after_epoch(history: pd.DataFrame) -> None:
-            bare.append(bare_steps(config, device, n_bare))
+            bare.append(bare_step(config, device, n_bare))
 
         result = fit(train, dev, folder, config, device=str(device), on_epoch=after_epoch, say=lambda text: None)
     steps = len(train) // config.batch_size
-    loop = result.history["train_s"].to_numpy()[1:] / steps  # the first epoch fills caches
-    step_s, bare_s = float(np.median(loop)), float(np.median(bare))
-    row = result.history.iloc[-1]
+    history = result.history.iloc[1:]  # the first epoch fills caches
+    loop, around = history["train_s"].to_numpy() / steps, (np.array(bare[1:-1]) + np.array(bare[2:])) / 2
+    added = 100 * (loop / around - 1)
+    step_s = float(np.median(loop))
     rate = config.batch_size / step_s
-    model = build_model(config.model)
-    saved = activation_bytes(lambda: model.train()(torch.zeros(2, config.crop_samples)).logits.sum()) / 2
+    precision = pick_precision(device, config.precision)
+    saved = step_bytes(build_model(config.model), config, 2, device, precision) / 2
     return {
         "model": config.model,
-        "precision": pick_precision(device, config.precision).name,
+        "precision": precision.name,
         "path": config.data_path,
         "utt/s": rate,
         "step ms": 1000 * step_s,
-        "bare ms": 1000 * bare_s,
-        "loop adds %": 100 * (step_s / bare_s - 1),
-        "data wait %": 100 * row["data_wait_fraction"],
-        "peak GiB": row["peak_memory_bytes"] / 2**30,
-        "saved MiB/utt": saved / 2**20,
+        "bare ms": 1000 * float(np.median(bare)),
+        "loop adds %": f"{np.median(added):.1f} ({added.min():.1f} to {added.max():.1f})",
+        "data wait %": 100 * history["data_wait_fraction"].median(),
+        "peak GiB": history["peak_memory_bytes"].max() / 2**30,
+        "step MiB/utt": saved / 2**20,
         "LA epoch": in_words(LA_TRAIN_UTTERANCES / rate),
         "LA run": in_words(LA_EPOCHS * LA_TRAIN_UTTERANCES / rate),
     }
@@ -105,7 +107,7 @@ def main() -> None:
     parser.add_argument("--lengths", nargs="+", type=int, default=[64_600], help="crop, samples")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--utterances", type=int, default=64, help="of the training split, an epoch")
-    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()
     chosen = pick_device(options.device)
