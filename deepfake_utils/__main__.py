@@ -72,7 +72,11 @@ def train(options: argparse.Namespace) -> int:
     corpus = corpora.find_corpora(options.data)[0]
     values = RECIPES[options.recipe].to_dict() | dict(map(parse_setting, options.set))
     config = TrainingConfig.from_dict(values)
-    protocols = corpus.protocol("train"), corpus.protocol("dev")
+    if "train" in corpus.splits:
+        protocols = corpus.protocol("train"), corpus.protocol("dev")
+    else:
+        (*protocols, _), where_from = corpora.divide(corpus, config.seed)
+        print(where_from)
     if os.environ.get("RANK", "0") == "0":
         jobs.write_job(options.run_dir, *protocols, config)
     fit(*protocols, options.run_dir, config, device=options.device, say=print)  # other ranks need not see the job

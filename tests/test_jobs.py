@@ -60,6 +60,8 @@ def test_other_processes_start_a_run_without_reading_its_job(corpus, tmp_path, m
 class Tones:
     """A corpus of two protocols."""
 
+    splits = ("train", "dev")
+
     def __init__(self, train, dev):
         self.protocols = {"train": train, "dev": dev}
 
@@ -145,6 +147,15 @@ def test_the_command_line_trains_and_goes_on(corpus, tmp_path):
         done = subprocess.run(arguments, cwd=REPOSITORY, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
         assert "finished:  all epochs done" in done.stdout
+    plain = tmp_path / "plain"
+    for row in pd.concat([train, dev]).itertuples():
+        folder = plain / ("bonafide" if row.label else "spoof")
+        folder.mkdir(parents=True, exist_ok=True)
+        os.symlink(row.path, folder / Path(row.path).name)
+    new[new.index(str(run))], new[new.index(str(tmp_path / "corpus"))] = str(tmp_path / "run2"), str(plain)
+    done = subprocess.run(new, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "splits were drawn (seed 7): 60 % train, 20 % dev, 20 % eval" in done.stdout
     bad = subprocess.run([*command, "--data", str(tmp_path / "corpus"), "--set", "epoch=1"], cwd=REPOSITORY,
                          capture_output=True, text=True)  # fmt: skip
     assert bad.returncode == 2 and "unknown training setting epoch" in bad.stderr and "Traceback" not in bad.stderr
