@@ -17,8 +17,8 @@ from deepfake_utils.config import RECIPES, TrainingConfig
 from deepfake_utils.conventions import CROP_SAMPLES, SAMPLE_RATE_HZ, TrainingError
 from deepfake_utils.models import build_model
 from deepfake_utils.runtime import Precision, free_device_bytes, pick_precision
+from deepfake_utils.scoring import SCORING_BATCH
 
-SCORING_BATCH = 16  # utterances, as in `scoring`
 CPU_PROBE = 2  # utterances: on a CPU the time is proportional to the batch, so a small one is enough
 LONG_STEP_S = 1.0  # a first step this long is the measurement: its warm-up no longer matters
 MEMORY_SHARE = 0.8  # of what is free, for the automatic batch size

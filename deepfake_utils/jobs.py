@@ -96,8 +96,7 @@ def fit_seeds(
         for seed in seeds
     }
     slots = _gpus(device) or [""]
-    n_gpus = len(slots)
-    say(f"{len(folders)} seeds, {f'{n_gpus} at a time, one per GPU' if n_gpus > 1 else 'one after another'}")
+    say(f"{len(folders)} seeds, {f'{len(slots)} at a time, one per GPU' if len(slots) > 1 else 'one after another'}")
     waiting, running = list(folders.items()), {}
     try:
         while waiting or running:

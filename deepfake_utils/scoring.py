@@ -19,6 +19,7 @@ from deepfake_utils.waveforms import open_source
 from deepfake_utils.waveforms.batches import eval_batches
 
 SCORE_KIND = "logit of bona fide, higher is more bona fide"
+SCORING_BATCH = 16  # utterances
 
 
 @torch.no_grad()
@@ -27,7 +28,7 @@ def compute_outputs(
     source,
     *,
     n_samples: int = CROP_SAMPLES,
-    batch_size: int = 16,
+    batch_size: int = SCORING_BATCH,
     device: torch.device | None = None,
     with_embeddings: bool = False,
     progress: str | None = "scoring",
@@ -68,7 +69,7 @@ def score_protocol(
     *,
     source=None,
     n_samples: int = CROP_SAMPLES,
-    batch_size: int = 16,
+    batch_size: int = SCORING_BATCH,
     device: str = "auto",
     progress: str | None = "scoring",
 ) -> pd.DataFrame:
@@ -112,7 +113,7 @@ def score_files(
     model: nn.Module,
     *,
     n_samples: int = CROP_SAMPLES,
-    batch_size: int = 16,
+    batch_size: int = SCORING_BATCH,
     device: str = "auto",
     progress: str | None = "scoring",
 ) -> pd.DataFrame:

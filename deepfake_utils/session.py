@@ -36,7 +36,7 @@ from deepfake_utils.optimisation import (
 )
 from deepfake_utils.runtime import describe_machine, pick_device, pick_precision, seed_everything
 from deepfake_utils.scorefile import write_scores
-from deepfake_utils.scoring import SCORE_KIND, compute_outputs, score_frame
+from deepfake_utils.scoring import SCORE_KIND, SCORING_BATCH, compute_outputs, score_frame
 from deepfake_utils.waveforms import open_source
 from deepfake_utils.waveforms.batches import balanced_weights, train_batches
 
@@ -298,7 +298,7 @@ class Session:
         for n, batch in enumerate(batches):
             if n == BATCHES_FOR_AVERAGED_BATCH_NORM:
                 break
-            yield from batch.waveform.split(capacity.SCORING_BATCH)  # in float32: what fits in training may not fit
+            yield from batch.waveform.split(SCORING_BATCH)  # in float32: what fits in training may not fit
 
     def _keep_best(self, scored: nn.Module, logits: np.ndarray, eer: float) -> None:
         facts = {
