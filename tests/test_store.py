@@ -7,6 +7,7 @@ import resource
 import shutil
 import signal
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -150,9 +151,23 @@ def dying_append(n_whole: int, where: str):
     return replacement
 
 
-def run_and_be_killed(task):
-    child = multiprocessing.get_context("fork").Process(target=task)
+def start_forked(task, *args):
+    """Start a child that may be killed at any moment.
+
+    tqdm keeps one lock for a process and all its forks; a child killed inside it would leave it locked for ever.
+    """
+
+    def run():
+        store.tqdm.set_lock(threading.RLock())
+        task(*args)
+
+    child = multiprocessing.get_context("fork").Process(target=run)
     child.start()
+    return child
+
+
+def run_and_be_killed(task):
+    child = start_forked(task)
     child.join(60)
     assert child.exitcode == -signal.SIGKILL
 
@@ -207,8 +222,7 @@ def test_killed_again_and_again_at_random_moments_it_still_ends_right(tmp_path, 
         pack(protocol, tmp_path / "stores")
 
     for _ in range(40):
-        child = multiprocessing.get_context("fork").Process(target=build)
-        child.start()
+        child = start_forked(build)
         child.join(rng.uniform(0.001, 0.03))
         child.kill()
         child.join()
@@ -268,10 +282,7 @@ def test_two_builders_at_once_decode_every_clip_once_between_them(protocol, tmp_
         return clip(self, row)
 
     monkeypatch.setattr(FileSource, "clip", logged)
-    processes = multiprocessing.get_context("fork")
-    children = [processes.Process(target=pack, args=(protocol, tmp_path / "stores")) for _ in range(3)]
-    for child in children:
-        child.start()
+    children = [start_forked(pack, protocol, tmp_path / "stores") for _ in range(3)]
     for child in children:
         child.join(60)
     assert [child.exitcode for child in children] == [0, 0, 0]
@@ -331,8 +342,7 @@ def test_a_disk_that_fills_up_loses_nothing(protocol, tmp_path, decoded, monkeyp
             assert "kept" in str(error) and str(tmp_path) in str(error)
             os._exit(7)
 
-    child = multiprocessing.get_context("fork").Process(target=build)
-    child.start()
+    child = start_forked(build)
     child.join(60)
     assert child.exitcode == 7
     n_fitting = int(np.searchsorted(2 * np.cumsum(LENGTHS), 10_000, side="right"))
@@ -367,8 +377,7 @@ def test_a_read_only_folder_serves_a_finished_store_and_refuses_a_new_one_in_wor
             assert_same_clips(fallback, protocol.head(3))
             os._exit(7 if "cache" in fallback.describe() and "could not be written" in fallback.reason else 2)
 
-        child = multiprocessing.get_context("fork").Process(target=read_only)
-        child.start()
+        child = start_forked(read_only)
         child.join(60)
         folder.chmod(0o755)
         assert child.exitcode == 7
