@@ -56,6 +56,21 @@ def test_lengths_that_were_not_traced_keep_the_share_of_nodes(tmp_path):
         torch.testing.assert_close(scorer(waveform).logits, model(waveform).logits, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("channels", [(4, 6), (4, 4, 4)])
+def test_the_pieces_of_an_encoder_meet_at_every_length(channels, tmp_path):
+    """Exported encoders compute their first blocks piece by piece: a length decides where pieces begin and end."""
+    generator = torch.Generator().manual_seed(0)
+    model = build_model("aasist", generator=generator, channels=channels, graph_dim=4, branch_dim=4).eval()
+    with torch.no_grad():
+        model.output.weight.mul_(20)
+    scorer = OnnxScorer(export_onnx(model, tmp_path / "model.onnx"))
+    for n_samples in range(model.min_samples, model.min_samples + 2 * 27, 10):
+        waveform = 0.1 * torch.randn(2, n_samples, generator=generator)
+        with torch.no_grad():
+            expected = model(waveform).logits
+        torch.testing.assert_close(scorer(waveform).logits, expected, atol=1e-4, rtol=0)
+
+
 def test_the_file_says_what_it_is(exported):
     model, path = exported
     metadata = OnnxScorer(path).metadata
