@@ -25,7 +25,7 @@ from deepfake_utils.frontends.sinc import SincFilters
 from deepfake_utils.models.fused import FirstBlockTiles, LaterBlockTiles, PatchMoments, run_block
 from deepfake_utils.models.tiling import run_tiles
 
-# Of an exported graph: 48 take 0.83 to 0.88 of the time of one, for 1 to 16 clips of 4 s; for 16 clips 24 gain nothing.
+# Of an exported graph: 48 take 0.84 to 0.89 of the time of one, for 1 to 16 clips of 4 s; for 16 clips 24 gain nothing.
 PIECES = 48
 BLOCKS_IN_PIECES = 2  # a third makes it slower again: the frames computed twice weigh more, its maps are small
 
