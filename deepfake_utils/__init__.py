@@ -10,11 +10,11 @@ __version__ = "0.1.0"
 
 _HOME = {
     "find_corpora": "deepfake_utils.corpora",
-    "load_model": "deepfake_utils.checkpoint",
-    "score_files": "deepfake_utils.scoring",
-    "score_protocol": "deepfake_utils.scoring",
-    "fit": "deepfake_utils.training",
-    "TrainingConfig": "deepfake_utils.config",
+    "load_model": "deepfake_utils.scoring.weights",
+    "score_files": "deepfake_utils.scoring.score",
+    "score_protocol": "deepfake_utils.scoring.score",
+    "fit": "deepfake_utils.training.loop",
+    "TrainingConfig": "deepfake_utils.training.config",
     "evaluate": "deepfake_utils.evaluation",
 }
 __all__ = list(_HOME)

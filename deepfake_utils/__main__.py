@@ -13,7 +13,8 @@ import sys
 import warnings
 from pathlib import Path
 
-from deepfake_utils.conventions import LABEL_NAMES, ConfigError, DeepfakeUtilsError, atomic_write
+from deepfake_utils.conventions import LABEL_NAMES, ConfigError, DeepfakeUtilsError
+from deepfake_utils.files import atomic_write
 
 DONE, SOME_UNREADABLE, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -58,9 +59,10 @@ def describe_counts(rows) -> str:
 
 def train(options: argparse.Namespace) -> int:
     """Train a countermeasure, or go on with a run that stopped; under torchrun, in several processes."""
-    from deepfake_utils import corpora, jobs
-    from deepfake_utils.config import RECIPES, TrainingConfig
-    from deepfake_utils.training import fit
+    from deepfake_utils import corpora
+    from deepfake_utils.training import jobs
+    from deepfake_utils.training.config import RECIPES, TrainingConfig
+    from deepfake_utils.training.loop import fit
 
     if options.data is None:
         if options.set:
@@ -100,8 +102,8 @@ def parse_setting(text: str) -> tuple[str, object]:
 
 def export(options: argparse.Namespace) -> int:
     """Write a countermeasure as ONNX and compare it with PyTorch."""
-    from deepfake_utils.checkpoint import load_model
-    from deepfake_utils.export import export_onnx, parity_report
+    from deepfake_utils.scoring.onnx import export_onnx, parity_report
+    from deepfake_utils.scoring.weights import load_model
 
     model = load_model(options.model, weights=options.weights)
     export_onnx(model, options.out)
@@ -111,16 +113,17 @@ def export(options: argparse.Namespace) -> int:
 
 def score(options: argparse.Namespace) -> int:
     """Score recordings into a CSV; name the unreadable ones."""
-    from deepfake_utils import scorefile, scoring
+    from deepfake_utils.evaluation import scorefile
+    from deepfake_utils.scoring import score as scoring
 
     if options.onnx:
         if options.model:
             raise ConfigError("--model goes with --weights; an ONNX file needs no model name")
-        from deepfake_utils.export import OnnxScorer
+        from deepfake_utils.scoring.onnx import OnnxScorer
 
         model = OnnxScorer(options.onnx)
     else:
-        from deepfake_utils.checkpoint import load_model
+        from deepfake_utils.scoring.weights import load_model
 
         model = load_model(options.model, weights=options.weights)
     scores = scoring.score_files(options.audio, model)
@@ -140,7 +143,8 @@ def score(options: argparse.Namespace) -> int:
 
 def evaluate(options: argparse.Namespace) -> int:
     """Print the figures of a score file, and write them as JSON and HTML where asked."""
-    from deepfake_utils import evaluation, scorefile
+    from deepfake_utils.evaluation import evaluate as evaluation
+    from deepfake_utils.evaluation import scorefile
 
     scores = scorefile.read_scores(options.scores, options.higher_is)
     protocol = scorefile.read_keys(options.protocol)
@@ -157,7 +161,7 @@ def evaluate(options: argparse.Namespace) -> int:
         with atomic_write(options.json) as part:
             part.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
     if options.html:
-        from deepfake_utils import report
+        from deepfake_utils.report import page as report
 
         report.write_html(options.html, result, scores, protocol, options.asv_scores)
     return DONE

@@ -1,12 +1,6 @@
-"""The words every other module shares: rates, labels, column names, errors. No third-party import."""
+"""The words every other room shares: rates, labels, column names, audio suffixes, errors. No third-party import."""
 
 from __future__ import annotations
-
-import os
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 SAMPLE_RATE_HZ = 16_000
 CROP_SAMPLES = 64_600  # 4.04 s, the input length of the AASIST and ASVspoof 2021 baselines
@@ -14,6 +8,8 @@ CROP_SAMPLES = 64_600  # 4.04 s, the input length of the AASIST and ASVspoof 202
 SPOOF, BONAFIDE = 0, 1  # labels, and the positions of the two logits
 LABEL_NAMES = {SPOOF: "spoof", BONAFIDE: "bonafide"}
 NO_ATTACK = "-"  # the attack of a bona fide trial
+
+AUDIO_SUFFIXES = (".flac", ".wav", ".mp3", ".m4a", ".ogg", ".opus", ".aac", ".aif", ".aiff", ".wma", ".webm")
 
 # One row a trial. `path` is absolute; `label` is 0 or 1; `split` is train, dev or eval.
 PROTOCOL_COLUMNS = ("utterance", "path", "label", "attack", "speaker", "split", "corpus")
@@ -45,32 +41,3 @@ class CheckpointError(DeepfakeUtilsError):
 
 class TrainingError(DeepfakeUtilsError):
     """Training cannot start or cannot go on."""
-
-
-@contextmanager
-def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
-    """Give a temporary path beside `path` that replaces it only if the block succeeds.
-
-    Readers see the old file or the new one, never a part, even when the process is killed.
-
-    >>> import tempfile, pathlib
-    >>> target = pathlib.Path(tempfile.mkdtemp()) / "note.txt"
-    >>> with atomic_write(target) as part:
-    ...     _ = part.write_text("whole")
-    >>> target.read_text(), len(list(target.parent.iterdir()))
-    ('whole', 1)
-    """
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
-    os.close(handle)
-    part = Path(name)
-    try:
-        yield part
-        with part.open("rb") as written:
-            os.fsync(written.fileno())
-        part.chmod(0o644)  # mkstemp makes files private; results are meant to be read
-        part.replace(target)
-    finally:
-        part.unlink(missing_ok=True)
-

@@ -92,9 +92,12 @@ aasist_weights: str = ""  # weights of an AASIST, such as AASIST.pth, for the pi
 # %%
 from IPython.display import Audio, Markdown, display
 
-from deepfake_utils import audio, plots
-from deepfake_utils.conventions import BONAFIDE, CROP_SAMPLES, SAMPLE_RATE_HZ, SPOOF, CorpusError, atomic_write
-from deepfake_utils.corpora import DEMO_NOTICE, build_demo, divide, find_corpora
+from deepfake_utils.conventions import BONAFIDE, CROP_SAMPLES, SAMPLE_RATE_HZ, SPOOF, CorpusError
+from deepfake_utils.corpora import divide, find_corpora
+from deepfake_utils.demo import DEMO_NOTICE, build_demo
+from deepfake_utils.files import atomic_write
+from deepfake_utils.report import plots
+from deepfake_utils.waveforms import decode as audio
 
 run_folder = Path(run_dir or "runs/latest").resolve()
 results = run_folder / "01_model_research"
@@ -138,7 +141,7 @@ for title, waveform in examples.items():
 # bands where ears are sharpest, *inverse mel* at the top, where many vocoders err.
 
 # %%
-from deepfake_utils.frontends.sinc import SincFilters
+from deepfake_utils.models.sinc import SincFilters
 
 banks = {"AASIST: mel, 129 taps": SincFilters(70, 129), "RawNet2: mel, 1025 taps": SincFilters(20, 1025)}
 banks["RawNet2: inverse mel"] = SincFilters(20, 1025, spacing="inverse-mel")
@@ -154,7 +157,7 @@ show(plots.filter_responses({title: bank.frequency_response() for title, bank in
 # %%
 import torch
 
-from deepfake_utils.frontends.lfcc import Lfcc
+from deepfake_utils.models.lfcc import Lfcc
 
 front_end = Lfcc()
 pictures = {title: front_end(torch.from_numpy(waveform)[None])[0].numpy() for title, waveform in examples.items()}
@@ -172,10 +175,10 @@ print({title: picture.shape for title, picture in pictures.items()})
 # %%
 from torch.utils.flop_counter import FlopCounterMode
 
-from deepfake_utils.capacity import activation_bytes, measure
-from deepfake_utils.config import RECIPES, TrainingConfig
+from deepfake_utils.machine import FLOAT32, pick_device
 from deepfake_utils.models import build_model
-from deepfake_utils.runtime import FLOAT32, pick_device
+from deepfake_utils.training.config import RECIPES, TrainingConfig
+from deepfake_utils.training.plan import activation_bytes, measure
 
 device = pick_device()
 batch = 2 if device.device.type == "cpu" else 24
@@ -343,7 +346,8 @@ if "rawnet2-learnable" in names:
 # Notebook 03 measures it for any model.
 
 # %%
-from deepfake_utils import load_model, probing
+from deepfake_utils import load_model
+from deepfake_utils.probing import model as probing
 
 briefly = trained["aasist"].model if "aasist" in trained else load_model("aasist")
 detector = load_model("aasist", weights=aasist_weights) if aasist_weights else briefly
@@ -370,7 +374,7 @@ for title, waveform in examples.items():
 # %%
 import json
 
-from deepfake_utils.runtime import describe_machine
+from deepfake_utils.machine import describe_machine
 
 kept = ("eer", "eer_ci", "min_tdcf", "auc", "n_bonafide", "n_spoof")
 by_model = {

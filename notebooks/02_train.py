@@ -71,9 +71,12 @@ resume_from: str = ""  # folder 02_train of an earlier run to go on with, where 
 import pandas as pd
 from IPython.display import Audio, Markdown, display
 
-from deepfake_utils import audio, plots
-from deepfake_utils.conventions import BONAFIDE, SAMPLE_RATE_HZ, SPOOF, ConfigError, CorpusError, atomic_write
-from deepfake_utils.corpora import DEMO_NOTICE, build_demo, divide, find_corpora
+from deepfake_utils.conventions import BONAFIDE, SAMPLE_RATE_HZ, SPOOF, ConfigError, CorpusError
+from deepfake_utils.corpora import divide, find_corpora
+from deepfake_utils.demo import DEMO_NOTICE, build_demo
+from deepfake_utils.files import atomic_write
+from deepfake_utils.report import plots
+from deepfake_utils.waveforms import decode as audio
 
 run_folder = Path(run_dir or "runs/latest").resolve()
 results = run_folder / "02_train"
@@ -123,10 +126,10 @@ for title, waveform in examples.items():
 # next cell says what is done instead. Nothing is shortened silently.
 
 # %%
-from deepfake_utils.analysis import proportional_subset
-from deepfake_utils.capacity import Plan, plan_run
-from deepfake_utils.config import RECIPES
-from deepfake_utils.runtime import pick_device
+from deepfake_utils.corpora.division import proportional_subset
+from deepfake_utils.machine import pick_device
+from deepfake_utils.training.config import RECIPES
+from deepfake_utils.training.plan import Plan, plan_run
 
 if preset not in ("auto", *RECIPES):
     raise ConfigError(f"preset {preset!r} is unknown: expected auto, {' or '.join(RECIPES)}")
@@ -171,8 +174,8 @@ for name in ("noise", "reverb", "rawboost-5"):
 display({recipe: ", ".join(effects) or "nothing" for recipe, effects in RECIPES.items()})
 
 # %% [markdown]
-# Does it help? On the demo's unseen attacks, with LFCC-LCNN, 10 epochs of 1 s crops and three seeds each (mean ± standard
-# deviation; 2 CPU cores, 23 November 2026, `python tests/benchmarks/augmentation.py`):
+# Does it help? On the demo's unseen attacks, with LFCC-LCNN, 10 epochs of 1 s crops and three seeds each (mean ±
+# standard deviation; 2 CPU cores, 23 November 2026, `python tests/benchmarks/augmentation.py`):
 #
 # | recipe | dev EER % (seen attacks) | eval EER % (unseen attacks) | eval EER % by seed |
 # |---|---|---|---|
@@ -201,8 +204,8 @@ display({recipe: ", ".join(effects) or "nothing" for recipe, effects in RECIPES.
 
 # %%
 from deepfake_utils import fit
-from deepfake_utils.jobs import fit_seeds, run_job
-from deepfake_utils.training import take_over
+from deepfake_utils.training.jobs import fit_seeds, run_job
+from deepfake_utils.training.loop import take_over
 
 if resume_from:
     take_over(resume_from, results)
@@ -237,9 +240,9 @@ result.history.round(4)
 
 # %%
 from deepfake_utils import evaluate, score_protocol
-from deepfake_utils.intervals import several_seeds
-from deepfake_utils.scorefile import write_scores
-from deepfake_utils.scoring import SCORE_KIND
+from deepfake_utils.evaluation.intervals import several_seeds
+from deepfake_utils.evaluation.scorefile import write_scores
+from deepfake_utils.scoring.score import SCORE_KIND
 
 scores = score_protocol(result.model, evaluation, progress="eval")
 write_scores(results / "eval_scores.csv", scores, {"score": SCORE_KIND, "split": "eval", "corpus": corpus.name})
@@ -249,7 +252,7 @@ low, high = metrics["eer_ci"]
 tandem = f"{metrics['min_tdcf']:.4f}" if metrics["min_tdcf"] is not None else "no ASV scores"
 display(Markdown(f"""| | dev (selected on) | eval |
 |---|---|---|
-| EER | {100 * result.best_dev_eer:.2f} % | **{100 * metrics["eer"]:.2f} %** (95 % interval {100 * low:.2f} to {100 * high:.2f} %) |
+| EER | {100 * result.best_dev_eer:.2f} % | **{100 * metrics["eer"]:.2f} %** [{100 * low:.2f}, {100 * high:.2f}] |
 | min t-DCF (2019) | | {tandem} |
 | AUC | | {metrics["auc"]:.4f} |
 | trials | {len(dev)} | {metrics["n_bonafide"]} bona fide, {metrics["n_spoof"]} spoof |"""))
@@ -269,14 +272,15 @@ show(plots.det_curves(systems), "det")
 
 # %%
 rows = [
-    {"attack": attack, "eer": row["eer"], "n": row["n"], **dict(zip(("low", "high"), row["eer_ci"] or ()))}
+    {"attack": attack, "eer": row["eer"], "n": row["n"]} | dict(zip(("low", "high"), row["eer_ci"] or (), strict=False))
     for attack, row in metrics["per_attack"].items()
 ]
 show(plots.attack_bars(pd.DataFrame(rows), overall=metrics["eer"], seen=sorted(set(train["attack"]))), "attacks")
 
 # %% [markdown]
 # **What to report**: the eval EER with its interval, the number of speakers behind it, the recipe, and the mean and
-# spread over several seeds: six seeds of one published system span 1.92 to 3.10 %. Notebook 03 takes the scores written here and asks where and why the errors happen.
+# spread over several seeds: six seeds of one published system span 1.92 to 3.10 %. Notebook 03
+# takes the scores written here and asks where and why the errors happen.
 
 # %%
 eval_eers = [metrics["eer"]]
@@ -285,12 +289,12 @@ for other in range(seed + 1, seed + n_seeds):
     eval_eers.append(evaluate(other_scores, evaluation, n_bootstrap=0)["eer"])
 if n_seeds > 1:
     summary = several_seeds(eval_eers)
-    print(f"eval EER over {n_seeds} seeds: {100 * summary.mean:.2f} % on average, standard deviation {100 * summary.sd:.2f} %")
+    print(f"eval EER over {n_seeds} seeds: mean {100 * summary.mean:.2f} %, deviation {100 * summary.sd:.2f} %")
 
 # %%
 import json
 
-from deepfake_utils.runtime import describe_machine
+from deepfake_utils.machine import describe_machine
 
 result_file = {
     "notebook": "02_train",

@@ -71,9 +71,17 @@ import numpy as np
 import pandas as pd
 from IPython.display import HTML, Audio, Markdown, display
 
-from deepfake_utils import analysis, audio, plots, probing, report
-from deepfake_utils.conventions import SAMPLE_RATE_HZ, CheckpointError, CorpusError, ScoreError, atomic_write
-from deepfake_utils.corpora import DEMO_NOTICE, build_demo, find_corpora
+from deepfake_utils.conventions import SAMPLE_RATE_HZ, CheckpointError, CorpusError, ScoreError
+from deepfake_utils.corpora import division, find_corpora
+from deepfake_utils.demo import DEMO_NOTICE, build_demo
+from deepfake_utils.evaluation import compare
+from deepfake_utils.files import atomic_write
+from deepfake_utils.probing import model as probing
+from deepfake_utils.probing import shortcuts
+from deepfake_utils.report import page as report
+from deepfake_utils.report import plots
+from deepfake_utils.waveforms import decode as audio
+from deepfake_utils.waveforms import trimmed
 
 run_folder = Path(run_dir or "runs/latest").resolve()
 results = run_folder / "03_error_analysis"
@@ -107,8 +115,9 @@ import json
 
 from deepfake_utils import load_model, score_protocol
 from deepfake_utils.conventions import CROP_SAMPLES
-from deepfake_utils.scorefile import join_scores, read_scores, write_scores
-from deepfake_utils.scoring import SCORE_KIND
+from deepfake_utils.evaluation.scorefile import join_scores, read_scores, write_scores
+from deepfake_utils.scoring.score import SCORE_KIND
+
 
 def find_in(folder, name):
     """A file of a run of notebook 02; with several seeds, of the first."""
@@ -124,7 +133,7 @@ trained = finished[0] if finished and not (weights or scores) else None
 if not (weights or scores or trained):
     looked = ", ".join(map(str, places))
     raise CheckpointError(f"No scores to analyse in {looked}: run notebook 02 into the same run_dir, name its 02_train "
-                          "folder as train_dir, or give weights (and weights_model), or a score file as scores.")  # fmt: skip
+                          "folder as train_dir, or give weights (and weights_model), or a file as scores.")  # fmt: skip
 weights_file = weights or (find_in(trained, "best.safetensors") if trained else "")
 detector = load_model(weights_model or None, weights=weights_file) if weights_file else None
 
@@ -144,12 +153,12 @@ def score_file_of(split):
 def scored_trials(split):
     """The trials of a split that have a score; without a score file they are scored here."""
     protocol, file = corpus.protocol(split if split in corpus.splits else "eval"), score_file_of(split)
-    part = analysis.scored_part(protocol, read_scores(file).frame) if file else protocol.head(0)
+    part = division.scored_part(protocol, read_scores(file).frame) if file else protocol.head(0)
     if part.empty and detector is None:
         raise ScoreError(f"{file} has no trial of {corpus.name} {split}: give weights, or a file with dev and eval")
     if part.empty:
         file = ""
-        part = analysis.proportional_subset(protocol, n_scored or len(protocol), seed)
+        part = division.proportional_subset(protocol, n_scored or len(protocol), seed)
         part = join_scores(part, score_protocol(detector, part, progress=split)[["utterance", "score"]])
         write_scores(results / f"{split}_scores.csv", part[["utterance", "score"]], {"score": SCORE_KIND})
     print(f"{split}: {len(part):,} of {len(protocol):,} trials, scores from {file or weights_file}")
@@ -171,12 +180,12 @@ elif {"progress", "eval"} <= phases:
     print(f"All figures are of phase eval, {len(evaluation):,} trials, as published ones of ASVspoof 2021 are; "
           f"phase progress, {len(dev):,} trials, stands in for dev.")  # fmt: skip
 else:
-    dev, evaluation = analysis.split_by_speaker(evaluation, seed)
+    dev, evaluation = division.split_by_speaker(evaluation, seed)
     print(f"This corpus has no dev split: half of eval, {len(dev):,} trials of other speakers, stands in for it.")
 
 # %%
 seen = set(corpus.protocol("train")["attack"]) if "train" in corpus.splits else set()
-speakers = analysis.speakers_of(evaluation)
+speakers = compare.speakers_of(evaluation)
 paths = tqdm(evaluation["path"], desc="lengths", unit="utt", delay=1, leave=False)
 evaluation["duration_s"] = [audio.audio_info(path).duration_s for path in paths]
 names = ["0 to 1 s", "1 to 2 s", "2 to 3 s", "3 to 4.04 s", "over 4.04 s, cut"]
@@ -196,8 +205,8 @@ evaluation["length"] = length.astype(str)
 
 # %%
 from deepfake_utils import evaluate
-from deepfake_utils import metrics as measures
-from deepfake_utils.scorefile import read_asv_scores
+from deepfake_utils.evaluation import metrics as measures
+from deepfake_utils.evaluation.scorefile import read_asv_scores
 
 threshold = measures.compute_eer(dev["score"], dev["label"]).threshold
 columns = ["speaker", "length", *sorted({"codec", "transmission"} & set(evaluation.columns))]
@@ -225,7 +234,7 @@ if result["eer"] > 0.4:
 # is bona fide. On the calibrated scale a threshold follows from prior and costs alone.
 
 # %%
-from deepfake_utils.calibration import PRESETS, fit_calibration, operating_point, reliability
+from deepfake_utils.evaluation.calibration import PRESETS, fit_calibration, operating_point, reliability
 
 calibration = fit_calibration(dev["score"], dev["label"], fitted_on=corpus.name)
 labels, values = evaluation["label"].to_numpy(), evaluation["score"].to_numpy()
@@ -311,7 +320,7 @@ show(plots.attack_bars(report.attack_rows(result), overall=result["eer"], seen=s
 # Wilson's 95 % intervals for that many trials; with a handful, a speaker's EER moves in steps of tens of percent.
 
 # %%
-rejected = analysis.rejections(result["by"]["speaker"])
+rejected = compare.rejections(result["by"]["speaker"])
 if rejected["n_rejected"].any():
     show(plots.rejections_by_speaker(rejected), "rejections")
 else:
@@ -336,7 +345,7 @@ for column in columns[1:]:
 # by its share of trials. Falling steps (hatched) are attacks that are easier than dev's.
 
 # %%
-gap = analysis.gap_parts(dev, evaluation, threshold)
+gap = compare.gap_parts(dev, evaluation, threshold)
 show(plots.gap_parts(gap), "gap")
 total = gap.attrs["eval_error"] - gap.attrs["dev_error"]
 novel = gap.loc[~gap["what"].isin(seen | {"bona fide"}), "part"].sum()
@@ -359,11 +368,11 @@ display(Markdown("\n".join(["| | points of error |", "|---|---|", *lines])))
 from deepfake_utils.waveforms import open_source
 
 splits = {"dev": dev, "eval": evaluation}
-measured = {name: analysis.balanced_subset(part, n_measured, seed) for name, part in splits.items()}
-numbers = {name: analysis.measure(open_source(part)) for name, part in measured.items()}
-shortcuts = analysis.shortcut_errors(
+measured = {name: division.balanced_subset(part, n_measured, seed) for name, part in splits.items()}
+numbers = {name: shortcuts.measure(open_source(part)) for name, part in measured.items()}
+shortcuts = shortcuts.shortcut_errors(
     numbers["dev"], measured["dev"]["label"], numbers["eval"], measured["eval"]["label"],
-    analysis.speakers_of(measured["eval"]), n_bootstrap=n_bootstrap, seed=seed,
+    compare.speakers_of(measured["eval"]), n_bootstrap=n_bootstrap, seed=seed,
 )  # fmt: skip
 show(plots.eer_bars(shortcuts, title=f"n = {len(measured['eval']):,} eval trials"), "shortcuts")
 tabulate(shortcuts.assign(eer=100 * shortcuts["eer"], low=100 * shortcuts["low"], high=100 * shortcuts["high"])
@@ -374,17 +383,17 @@ tabulate(shortcuts.assign(eer=100 * shortcuts["eer"], low=100 * shortcuts["low"]
 # detector that listens to speech should hardly notice. (A published one went from 3.6 to 15.5 %.)
 
 # %%
-from deepfake_utils.runtime import pick_device
+from deepfake_utils.machine import pick_device
 
 device = pick_device()
 n_again = n_rescored or (2000 if device.device.type == "cuda" else 48)
-again = analysis.balanced_subset(evaluation, n_again, seed)
-again_numbers = analysis.measure(open_source(again))
+again = division.balanced_subset(evaluation, n_again, seed)
+again_numbers = shortcuts.measure(open_source(again))
 cut_s = again_numbers["leading_silence_s"] + again_numbers["trailing_silence_s"]
 if detector is None:
     print("Left out: this needs weights, and only scores were given.")
 else:
-    source = analysis.TrimmedSource(open_source(again))
+    source = trimmed.TrimmedSource(open_source(again))
     trimmed = score_protocol(detector, again, source=source, progress="trimmed")["score"].to_numpy()
     show(plots.trimming(again["score"].to_numpy(), trimmed, again["label"].to_numpy(), cut_s.to_numpy()), "trimming")
 
@@ -392,7 +401,7 @@ else:
 trimming = None
 if detector is not None:
     pair = {"whole clips": again["score"].to_numpy(), "silence trimmed": trimmed}
-    trimming = analysis.compare(pair, again["label"], analysis.speakers_of(again), n_bootstrap=n_bootstrap, seed=seed)
+    trimming = compare.compare(pair, again["label"], compare.speakers_of(again), n_bootstrap=n_bootstrap, seed=seed)
     tabulate(report.comparison_table(trimming))
     print(f"{len(again)} eval clips, half of them bona fide, attacks alike; {cut_s.mean():.2f} s cut off on average.")
 
@@ -404,7 +413,7 @@ if detector is not None:
 # loses detail; t-SNE keeps neighbours, and its distances between groups mean nothing.
 
 # %%
-from deepfake_utils.scoring import compute_outputs
+from deepfake_utils.scoring.score import compute_outputs
 
 if detector is not None:
     detector.to(device.device)
@@ -425,7 +434,7 @@ if detector is not None:
 # change of a cell would do, nothing more.
 
 # %%
-hard = analysis.hardest(evaluation, threshold, n_hardest)
+hard = compare.hardest(evaluation, threshold, n_hardest)
 tabulate(hard[["kind", "utterance", "attack", "speaker", "duration_s", "score", "margin"]])
 for row in hard.itertuples() if detector is not None else ():
     waveform = audio.read_audio(row.path)
@@ -450,7 +459,7 @@ if second_weights:
     second_name, other = Path(second_weights).stem, load_model(second_model or None, weights=second_weights)
     second = {name: score_protocol(other, part)["score"].to_numpy() for name, part in measured.items()}
 elif "train" in corpus.splits:
-    second_name, lesson = "LFCC statistics", analysis.balanced_subset(corpus.protocol("train"), n_measured, seed)
+    second_name, lesson = "LFCC statistics", division.balanced_subset(corpus.protocol("train"), n_measured, seed)
     baseline = probing.fit_cepstral_baseline(probing.cepstral_statistics(open_source(lesson)), lesson["label"])
     second = {
         name: baseline.decision_function(probing.cepstral_statistics(open_source(part)))
@@ -464,12 +473,12 @@ comparison = None
 if second is not None:
     both = {name: np.column_stack([part["score"], second[name]]) for name, part in measured.items()}
     pair_labels = {name: part["label"].to_numpy() for name, part in measured.items()}
-    fused, fusion = analysis.fuse(both["dev"], pair_labels["dev"], both["eval"], fitted_on=corpus.name)
+    fused, fusion = compare.fuse(both["dev"], pair_labels["dev"], both["eval"], fitted_on=corpus.name)
     second_llrs = fit_calibration(second["dev"], pair_labels["dev"]).llr(second["eval"])
     first_llrs = calibration.llr(both["eval"][:, 0])
     shared = (first_llrs, second_llrs, pair_labels["eval"])
     show(plots.agreement(*shared, names=("this one", second_name), threshold=0.0), "agreement")
-    tabulate(analysis.agreement(*shared, 0.0).reset_index(names="class"))
+    tabulate(compare.agreement(*shared, 0.0).reset_index(names="class"))
 
 # %% [markdown]
 # The difference is paired: both systems see the same draws of speakers, so what makes a draw hard cancels. **Only
@@ -480,8 +489,8 @@ if second is not None:
 if second is not None:
     systems = {"this one": both["eval"][:, 0], second_name: second["eval"]}
     systems |= {f"fusion, {name}": llr for name, llr in fused.items()}
-    comparison = analysis.compare(
-        systems, pair_labels["eval"], analysis.speakers_of(measured["eval"]), n_bootstrap=n_bootstrap, seed=seed
+    comparison = compare.compare(
+        systems, pair_labels["eval"], compare.speakers_of(measured["eval"]), n_bootstrap=n_bootstrap, seed=seed
     )
     tabulate(report.comparison_table(comparison))
     print(f"{len(measured['eval'])} eval trials; logistic weights on the raw scores: "
@@ -496,7 +505,7 @@ if second is not None:
 # In-the-Wild.
 
 # %%
-from deepfake_utils.runtime import describe_machine
+from deepfake_utils.machine import describe_machine
 
 error_at_dev = (result["p_miss"] + result["p_fa"]) / 2
 worst = max(result["per_attack"], key=lambda attack: result["per_attack"][attack]["eer"])

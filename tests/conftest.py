@@ -29,7 +29,7 @@ def reference_data() -> Path:
 @pytest.fixture(scope="session")
 def demo_runs(tmp_path_factory) -> Path:
     """A folder for runs of the notebooks, with a small demo corpus in it that all of them share."""
-    from deepfake_utils.corpora import build_demo
+    from deepfake_utils.demo import build_demo
 
     folder = tmp_path_factory.mktemp("runs")
     build_demo(folder / "demo", scale=DEMO_SCALE)

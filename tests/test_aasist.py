@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from deepfake_utils.conventions import CROP_SAMPLES, CheckpointError, ConfigError
-from deepfake_utils.layers import CMOutput
-from deepfake_utils.models import build_model, tiling
+from deepfake_utils.models import build_model
 from deepfake_utils.models.aasist import (
     AASISTConfig,
     HeterogeneousAttention,
@@ -21,8 +20,10 @@ from deepfake_utils.models.aasist import (
     published_state_dict,
 )
 from deepfake_utils.models.aasist_transformer import AASISTTransformerConfig, positions
-from deepfake_utils.models.encoder import FirstBlock, ResidualBlock, fold_norm, frames_first
-from deepfake_utils.models.fused import LaterBlockTiles
+from deepfake_utils.models.fast import tiling
+from deepfake_utils.models.fast.encoder import FirstBlock, ResidualBlock, fold_norm, frames_first
+from deepfake_utils.models.fast.fused import LaterBlockTiles
+from deepfake_utils.models.layers import CMOutput
 
 PUBLISHED = {"aasist": "AASIST", "aasist-l": "AASIST-L"}
 

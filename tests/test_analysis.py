@@ -7,9 +7,13 @@ import torch
 from scipy.stats import norm
 from torch import nn
 
-from deepfake_utils import analysis, metrics, probing
 from deepfake_utils.conventions import SAMPLE_RATE_HZ, ConfigError
-from deepfake_utils.layers import CMOutput
+from deepfake_utils.corpora import division
+from deepfake_utils.evaluation import compare, metrics
+from deepfake_utils.models.layers import CMOutput
+from deepfake_utils.probing import model as probing
+from deepfake_utils.probing import shortcuts
+from deepfake_utils.waveforms import trimmed
 
 
 class Clips:
@@ -43,24 +47,24 @@ def framed_noise(lead, speech, trail, floor=2.0):
 @pytest.mark.parametrize("lead, trail", [(0, 0), (1600, 0), (0, 3200), (4800, 480)])
 def test_silence_is_found_where_it_was_put(lead, trail):
     clip = framed_noise(lead, 8000, trail)
-    assert analysis.speech_span(clip) == (lead, lead + 8000)
-    numbers = analysis.recording_numbers(clip)
+    assert trimmed.speech_span(clip) == (lead, lead + 8000)
+    numbers = shortcuts.recording_numbers(clip)
     assert numbers["leading_silence_s"] == lead / SAMPLE_RATE_HZ
     assert numbers["trailing_silence_s"] == pytest.approx(trail / SAMPLE_RATE_HZ)
-    trimmed = analysis.TrimmedSource(Clips([clip]))
-    np.testing.assert_array_equal(trimmed.clip(0), clip[lead : lead + 8000])
-    assert trimmed.n_samples(0) == 8000
+    source = trimmed.TrimmedSource(Clips([clip]))
+    np.testing.assert_array_equal(source.clip(0), clip[lead : lead + 8000])
+    assert source.n_samples(0) == 8000
 
 
 def test_silence_does_not_depend_on_the_recording_level():
     clip = framed_noise(1600, 8000, 800, floor=20.0)
-    assert analysis.speech_span(clip // 4 * 4) == analysis.speech_span(clip * 0.25) == (1600, 9600)
+    assert trimmed.speech_span(clip // 4 * 4) == trimmed.speech_span(clip * 0.25) == (1600, 9600)
 
 
 @pytest.mark.parametrize("clip", [np.zeros(5000, np.int16), np.ones(1, np.int16), noise(77)])
 def test_clips_without_speech_or_shorter_than_a_frame_keep_their_samples(clip):
-    assert analysis.speech_span(clip) == (0, len(clip))
-    assert all(np.isfinite(list(analysis.recording_numbers(clip).values())))
+    assert trimmed.speech_span(clip) == (0, len(clip))
+    assert all(np.isfinite(list(shortcuts.recording_numbers(clip).values())))
 
 
 @pytest.mark.parametrize("cutoff_hz", [3400.0, 6000.0])
@@ -69,12 +73,12 @@ def test_bandwidth_is_the_cutoff_of_a_low_pass(cutoff_hz):
 
     taps = firwin(801, cutoff_hz, fs=SAMPLE_RATE_HZ, window=("kaiser", 9.0))
     clip = np.rint(lfilter(taps, 1, noise(48000, 4000.0))).astype(np.int16)
-    assert analysis.recording_numbers(clip)["bandwidth_hz"] == pytest.approx(cutoff_hz, abs=150)
+    assert shortcuts.recording_numbers(clip)["bandwidth_hz"] == pytest.approx(cutoff_hz, abs=150)
 
 
 def test_level_is_in_db_below_full_scale():
     sine = (16384 * np.sin(2 * np.pi * 500 * np.arange(16000) / 16000)).astype(np.int16)
-    assert analysis.recording_numbers(sine)["level_db"] == pytest.approx(-9.03, abs=0.02)  # 0.5 peak: -6 - 3
+    assert shortcuts.recording_numbers(sine)["level_db"] == pytest.approx(-9.03, abs=0.02)  # 0.5 peak: -6 - 3
 
 
 def number_table(rng, labels, lead_gap):
@@ -89,7 +93,7 @@ def test_a_planted_shortcut_shows_at_its_closed_form_and_the_others_at_chance():
     rng = np.random.default_rng(0)
     labels = np.repeat([0, 1], 4000)
     dev, numbers = number_table(rng, labels, -2.0), number_table(rng, labels, -2.0)
-    table = analysis.shortcut_errors(dev, labels, numbers, labels, n_bootstrap=50).set_index("rule")
+    table = shortcuts.shortcut_errors(dev, labels, numbers, labels, n_bootstrap=50).set_index("rule")
     row = table.loc["leading silence"]
     assert row["eer"] == pytest.approx(norm.cdf(-1), abs=0.01) and row["bona_fide_if"] == "low"
     assert row["low"] < row["eer"] < row["high"]
@@ -101,13 +105,13 @@ def test_a_shortcut_that_turns_round_in_eval_is_above_one_half():
     rng = np.random.default_rng(0)
     labels = np.repeat([0, 1], 2000)
     dev, numbers = number_table(rng, labels, 2.0), number_table(rng, labels, -2.0)
-    table = analysis.shortcut_errors(dev, labels, numbers, labels, n_bootstrap=0).set_index("rule")
+    table = shortcuts.shortcut_errors(dev, labels, numbers, labels, n_bootstrap=0).set_index("rule")
     assert table.loc["leading silence", "eer"] == pytest.approx(norm.cdf(1), abs=0.02)
     assert np.isnan(table.loc["leading silence", "low"])
 
 
 def test_measure_keeps_the_order_of_the_source():
-    table = analysis.measure(Clips([noise(16000), noise(8000)]))
+    table = shortcuts.measure(Clips([noise(16000), noise(8000)]))
     assert table["utterance"].tolist() == ["u0", "u1"] and table["duration_s"].tolist() == [1.0, 0.5]
 
 
@@ -127,7 +131,7 @@ def trials():
 def test_the_parts_of_the_gap_add_up_to_it(trials):
     dev = trials[trials["attack"] != "B2"]
     threshold = metrics.compute_eer(dev["score"], dev["label"]).threshold
-    parts = analysis.gap_parts(dev, trials, threshold)
+    parts = compare.gap_parts(dev, trials, threshold)
     dev_error, eval_error = parts.attrs["dev_error"], parts.attrs["eval_error"]
     assert eval_error == pytest.approx(np.mean(metrics.error_rates(trials["score"], trials["label"], threshold)))
     assert parts["part"].sum() == pytest.approx(eval_error - dev_error)
@@ -141,7 +145,7 @@ def test_rejections_carry_wilsons_interval():
         "b": {"n_bonafide": 10, "p_miss": 0.5},
         "c": {"n_bonafide": 0, "p_miss": None},
     }
-    table = analysis.rejections(by_speaker)
+    table = compare.rejections(by_speaker)
     assert table["speaker"].tolist() == ["b", "a"] and table["n_rejected"].tolist() == [5, 0]
     z2 = norm.ppf(0.975) ** 2
     assert table["high"][1] == pytest.approx(z2 / (10 + z2))  # Wilson's upper bound for 0 of n
@@ -149,7 +153,7 @@ def test_rejections_carry_wilsons_interval():
 
 
 def test_the_hardest_are_the_most_wrong_of_each_class(trials):
-    hard = analysis.hardest(trials, threshold=0.0, n=3)
+    hard = compare.hardest(trials, threshold=0.0, n=3)
     spoof, bonafide = hard[hard["label"] == 0], hard[hard["label"] == 1]
     assert spoof["score"].tolist() == sorted(trials.loc[trials["label"] == 0, "score"])[::-1][:3]
     assert bonafide["score"].tolist() == sorted(trials.loc[trials["label"] == 1, "score"])[:3]
@@ -158,24 +162,24 @@ def test_the_hardest_are_the_most_wrong_of_each_class(trials):
 
 
 def test_a_balanced_subset_is_half_bona_fide_and_even_over_attacks(trials):
-    subset = analysis.balanced_subset(trials, 12, seed=0)
+    subset = division.balanced_subset(trials, 12, seed=0)
     assert subset["attack"].value_counts().to_dict() == {"-": 6, "A1": 3, "B2": 3}
     assert subset["utterance"].tolist() == sorted(subset["utterance"], key=lambda u: int(u[1:]))
-    assert analysis.balanced_subset(trials, 12, seed=0).equals(subset)
-    assert len(analysis.balanced_subset(trials, 100, seed=0)) == 24
+    assert division.balanced_subset(trials, 12, seed=0).equals(subset)
+    assert len(division.balanced_subset(trials, 100, seed=0)) == 24
     with pytest.raises(ConfigError, match="at least 4"):
-        analysis.balanced_subset(trials, 2, seed=0)
+        division.balanced_subset(trials, 2, seed=0)
 
 
 def test_scored_part_takes_what_both_have(trials):
     scores = pd.DataFrame({"utterance": ["u3", "elsewhere", "u1"], "score": [3.0, 9.0, 1.0]})
-    part = analysis.scored_part(trials.drop(columns="score"), scores)
+    part = division.scored_part(trials.drop(columns="score"), scores)
     assert part["utterance"].tolist() == ["u1", "u3"] and part["score"].tolist() == [1.0, 3.0]
-    assert analysis.scored_part(trials.drop(columns="score"), scores.iloc[1:2]).empty
+    assert division.scored_part(trials.drop(columns="score"), scores.iloc[1:2]).empty
 
 
 def test_halves_share_no_speaker(trials):
-    first, second = analysis.split_by_speaker(trials, seed=0)
+    first, second = division.split_by_speaker(trials, seed=0)
     assert not set(first["speaker"]) & set(second["speaker"]) and len(first) + len(second) == 24
 
 
@@ -186,7 +190,7 @@ def test_agreement_counts_every_trial_once():
     labels = np.array([1, 1, 1, 1, 0, 0, 0])
     first = np.array([1.0, 2.0, -1.0, -2.0, -1.0, 1.0, -2.0])
     second = np.array([1.0, -2.0, 1.0, -2.0, -1.0, 1.0, 2.0])
-    table = analysis.agreement(first, second, labels, 0.0)
+    table = compare.agreement(first, second, labels, 0.0)
     counts = ["both_right", "only_first_right", "only_second_right", "both_wrong"]
     assert table.loc["bona fide", counts].tolist() == [1, 1, 1, 1]
     assert table.loc["spoof", counts].tolist() == [1, 1, 0, 1]
@@ -201,9 +205,9 @@ def test_fusion_of_independent_systems_reaches_its_closed_form_with_a_significan
         return rng.normal(np.outer(labels, [2.0, 2.0])) * [1.0, 25.0] + [5.0, -300.0]  # other scales, same strength
 
     dev, scores = draw(), draw()
-    fused, _ = analysis.fuse(dev, labels, scores)
+    fused, _ = compare.fuse(dev, labels, scores)
     systems = {"first": scores[:, 0], "second": scores[:, 1], **fused}
-    table = analysis.compare(systems, labels, np.arange(6000) % 60, n_bootstrap=100)
+    table = compare.compare(systems, labels, np.arange(6000) % 60, n_bootstrap=100)
     assert table.loc["first", "eer"] == pytest.approx(norm.cdf(-1), abs=0.012)
     for name in ("mean", "logistic"):
         assert table.loc[name, "eer"] == pytest.approx(norm.cdf(-np.sqrt(2)), abs=0.012)  # d' of the sum: 2 sqrt 2
@@ -215,7 +219,7 @@ def test_fusion_of_independent_systems_reaches_its_closed_form_with_a_significan
 def test_where_speakers_cannot_carry_an_interval_trials_do():
     labels = np.repeat([0, 1], 20)
     scores = np.random.default_rng(0).normal(labels)
-    table = analysis.compare({"a": scores, "b": -scores}, labels, labels, n_bootstrap=20)  # one speaker a class
+    table = compare.compare({"a": scores, "b": -scores}, labels, labels, n_bootstrap=20)  # one speaker a class
     assert table.loc["b", "unit"] == "trial" and table.loc["b", "low"] <= table.loc["b", "difference"]
 
 

@@ -11,9 +11,17 @@ import soundfile
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepfake_utils import audio
-from deepfake_utils.audio import audio_info, fit_length, from_int16, random_crop, read_audio, resample, to_int16
 from deepfake_utils.conventions import CROP_SAMPLES, AudioError
+from deepfake_utils.waveforms import decode as audio
+from deepfake_utils.waveforms.decode import (
+    audio_info,
+    fit_length,
+    from_int16,
+    random_crop,
+    read_audio,
+    resample,
+    to_int16,
+)
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ import warnings
 import numpy as np
 import pytest
 
-from deepfake_utils import calibration, metrics
-from deepfake_utils.calibration import PRESETS, Calibration, Use, fit_calibration, threshold_for
 from deepfake_utils.conventions import ConfigError, ScoreError
+from deepfake_utils.evaluation import calibration, metrics
+from deepfake_utils.evaluation.calibration import PRESETS, Calibration, Use, fit_calibration, threshold_for
 
 
 def two_gaussians(distance, n, seed=0, scale=1.0):

@@ -9,11 +9,13 @@ import pytest
 import safetensors.torch
 import torch
 
-from deepfake_utils import audio, load_model
-from deepfake_utils.checkpoint import load_training_state, save_training_state, save_weights, scoring_model
+from deepfake_utils import load_model
 from deepfake_utils.conventions import CheckpointError
-from deepfake_utils.losses import build_loss
 from deepfake_utils.models import build_model
+from deepfake_utils.models.losses import build_loss
+from deepfake_utils.scoring.weights import save_weights, scoring_model
+from deepfake_utils.training.resume import load_training_state, save_training_state
+from deepfake_utils.waveforms import decode as audio
 
 TINY = {"sinc_filters": 12, "channels": (4, 4), "graph_dim": 4, "branch_dim": 4}
 

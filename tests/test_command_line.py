@@ -20,7 +20,7 @@ import soundfile
 
 from deepfake_utils import load_model, score_files
 from deepfake_utils.__main__ import main
-from deepfake_utils.checkpoint import save_weights
+from deepfake_utils.scoring.weights import save_weights
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

@@ -18,7 +18,10 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from deepfake_utils.conventions import BONAFIDE, NO_ATTACK, SAMPLE_RATE_HZ, ConfigError, CorpusError
-from deepfake_utils.corpora import demo, demo_attacks, demo_voice, find_corpora
+from deepfake_utils.corpora import find_corpora
+from deepfake_utils.demo import attacks as demo_attacks
+from deepfake_utils.demo import corpus as demo
+from deepfake_utils.demo import voice as demo_voice
 
 SCALE = 0.4  # 96 train and 96 eval trials: chance is 0.5 +- 0.06 in AUC
 

@@ -7,9 +7,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from deepfake_utils import evaluation, metrics
 from deepfake_utils.conventions import ConfigError, ScoreError
-from deepfake_utils.evaluation import evaluate
+from deepfake_utils.evaluation import evaluate as evaluation
+from deepfake_utils.evaluation import metrics
+from deepfake_utils.evaluation.evaluate import evaluate
 
 STABLE_NAMES = set(
     """
@@ -289,7 +290,7 @@ class TestDoubtfulInput:
         assert found["min_tdcf"] is not None and found["warnings"] == []
 
     def test_direction_asked_twice_differently(self, tmp_path, scores, protocol):
-        from deepfake_utils.scorefile import read_scores, write_scores
+        from deepfake_utils.evaluation.scorefile import read_scores, write_scores
 
         read = read_scores(write_scores(tmp_path / "s.csv", scores))
         assert evaluate(read, protocol, n_bootstrap=0)["score_dialect"] == "comma, header: utterance score"

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from deepfake_utils.conventions import AudioError, CheckpointError
-from deepfake_utils.export import OPSET, OnnxScorer, export_onnx, parity_report
 from deepfake_utils.models import MODELS, build_model
+from deepfake_utils.scoring.onnx import OPSET, OnnxScorer, export_onnx, parity_report
 
 # Fewer and narrower blocks where only size would make a model slow.
 NARROW = {
@@ -140,7 +140,7 @@ def test_published_weights_on_real_speech(reference_data, tmp_path):
     import pandas as pd
     import soundfile
 
-    from deepfake_utils.checkpoint import load_model
+    from deepfake_utils.scoring.weights import load_model
 
     model = load_model("aasist-l", weights=reference_data / "published_weights" / "AASIST-L.pth")
     golden = pd.read_csv(reference_data / "published_weights" / "golden_logits.csv").iloc[::23]

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from deepfake_utils.conventions import CorpusError
-from deepfake_utils.corpora import build_demo, find, find_corpora, survey
+from deepfake_utils.corpora import find, find_corpora, survey
+from deepfake_utils.demo import build_demo
 
 ENDS = {"train": ("T", "trn"), "dev": ("D", "trl"), "eval": ("E", "trl")}
 

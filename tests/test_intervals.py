@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from deepfake_utils import intervals, metrics
 from deepfake_utils.conventions import ConfigError, ScoreError
+from deepfake_utils.evaluation import intervals, metrics
 
 
 def simulated_speakers(rng, n_speakers, n_trials, *, distance=2.5, spread=0.7):

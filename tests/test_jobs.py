@@ -11,10 +11,12 @@ import pandas as pd
 import pytest
 import torch
 
-from deepfake_utils import corpora, jobs, training
+from deepfake_utils import corpora
 from deepfake_utils.__main__ import main
 from deepfake_utils.conventions import TrainingError
-from deepfake_utils.jobs import fit_seeds, run_job, write_job
+from deepfake_utils.training import jobs
+from deepfake_utils.training import loop as training
+from deepfake_utils.training.jobs import fit_seeds, run_job, write_job
 from tests.test_training import tiny_config, write_corpus
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -88,8 +90,8 @@ CHILD = """
 import sys, torch
 torch.set_num_threads(1)
 from deepfake_utils.models import build_model
-from deepfake_utils.jobs import run_job
-import deepfake_utils.session as session
+from deepfake_utils.training.jobs import run_job
+import deepfake_utils.training.session as session
 
 def frozen(name, generator, **options):
     model = build_model(name, generator=generator, **options)

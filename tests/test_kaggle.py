@@ -196,7 +196,7 @@ def test_the_first_cell_finds_an_attached_wheel(assembled, working):
     with zipfile.ZipFile(wheel, "w") as archive:
         for path in (assembled / "dataset" / "deepfake_utils").rglob("*.py"):
             archive.write(path, path.relative_to(assembled / "dataset"))
-    done = bootstrap(working, root, "import deepfake_utils.metrics as m; print(m.__file__)")
+    done = bootstrap(working, root, "import deepfake_utils.evaluation.metrics as m; print(m.__file__)")
     assert done.stdout.startswith(str(wheel)), done.stderr
 
 

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from deepfake_utils.conventions import AudioError, ConfigError
-from deepfake_utils.layers import AttentiveStatistics
 from deepfake_utils.models import build_model
+from deepfake_utils.models.layers import AttentiveStatistics
 from deepfake_utils.models.lcnn import LSTMSum, MaxFeatureMap
 from deepfake_utils.models.resnet import PreActivationBlock
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.fft import dct
 
 from deepfake_utils.conventions import AudioError, ConfigError
-from deepfake_utils.frontends.lfcc import (
+from deepfake_utils.models.lfcc import (
     FRONT_ENDS,
     LFCC_HIGH_RESOLUTION,
     Lfcc,

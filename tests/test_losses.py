@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepfake_utils import config
 from deepfake_utils.conventions import ConfigError
-from deepfake_utils.losses import LOSSES, OneClassSoftmax, P2SGrad, WeightedCrossEntropy, build_loss
+from deepfake_utils.models.losses import LOSSES, OneClassSoftmax, P2SGrad, WeightedCrossEntropy, build_loss
+from deepfake_utils.training import config
 
 NO_LOGITS = torch.zeros(1, 2)  # what a loss of embeddings gets where it must not look
 

@@ -4,8 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from deepfake_utils import plots
-from deepfake_utils.frontends.sinc import SincFilters
+from deepfake_utils.models.sinc import SincFilters
+from deepfake_utils.report import plots
 
 
 def test_filter_responses_peak_inside_their_bands():

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from deepfake_utils.conventions import DeepfakeUtilsError
-from deepfake_utils.layers import CMOutput
-from deepfake_utils.losses import WeightedCrossEntropy
 from deepfake_utils.models import MODELS, build_model
+from deepfake_utils.models.layers import CMOutput
+from deepfake_utils.models.losses import WeightedCrossEntropy
 
 # Trainable parameters of each model as configured. Published: AASIST, AASIST-L and RawNet2 in the AASIST repository;
 # LFCC-ResNet18 equals the count of its authors' code; LFCC-LCNN-LSTM is 275,840 in the code of its authors, to which

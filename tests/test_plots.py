@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from scipy.stats import norm
 
-from deepfake_utils import plots
+from deepfake_utils.report import plots
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from scipy.stats import norm
 
-from deepfake_utils import plots
+from deepfake_utils.report import plots
 
 
 @pytest.fixture
@@ -58,7 +58,8 @@ def test_rejections_stand_in_the_order_of_the_table_with_their_counts():
 
 
 def test_eer_bars_keep_the_order_of_the_table():
-    table = pd.DataFrame({"rule": ["duration", "level"], "eer": [0.2, 0.5], "low": [0.1, np.nan], "high": [0.3, np.nan]})
+    table = pd.DataFrame({"rule": ["duration", "level"], "eer": [0.2, 0.5], "low": [0.1, np.nan]})
+    table["high"] = [0.3, np.nan]
     figure = plots.eer_bars(table, title="n = 7")
     assert [bar.get_width() for bar in figure.axes[0].patches] == pytest.approx([20, 50])
     assert "a coin" in text_of(figure) and "n = 7" in text_of(figure)

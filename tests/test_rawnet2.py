@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepfake_utils.conventions import AudioError, CheckpointError, ConfigError
-from deepfake_utils.frontends.sinc import SincFilters
 from deepfake_utils.models import build_model
 from deepfake_utils.models.rawnet2 import FFT_POINTS, GRULayer, RawNet2Config, pooled_by_fft, published_state_dict
+from deepfake_utils.models.sinc import SincFilters
 
 SMALL = {"sinc_filters": 6, "sinc_taps": 65, "channels": (6, 8), "gru_dim": 12, "gru_layers": 2, "embedding_dim": 10}
 

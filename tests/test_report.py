@@ -8,8 +8,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from deepfake_utils import analysis, evaluate, report
-from deepfake_utils.calibration import PRESETS, fit_calibration, operating_point
+from deepfake_utils import evaluate
+from deepfake_utils.evaluation import compare
+from deepfake_utils.evaluation.calibration import PRESETS, fit_calibration, operating_point
+from deepfake_utils.report import page as report
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +89,7 @@ def test_breakdown_and_threshold_tables_carry_their_numbers(case, result):
 def test_comparison_table_names_its_reference(case):
     scores, keys = case
     systems = {"one": scores["score"].to_numpy(), "two": -scores["score"].to_numpy()}
-    compared = analysis.compare(systems, keys["label"], keys["speaker"], n_bootstrap=20)
+    compared = compare.compare(systems, keys["label"], keys["speaker"], n_bootstrap=20)
     table = report.comparison_table(compared)
     assert table["difference (points)"][0] == "reference" and table["difference (points)"][1].startswith("+")
     assert table["95 % interval, paired"][1].endswith("by speaker")
@@ -122,7 +124,7 @@ def test_a_long_breakdown_is_cut_with_a_word_about_it(case, tmp_path):
 def test_the_real_evaluation_with_its_tandem_curve(reference_data, tmp_path):
     published = reference_data / "published_scores"
     (asv,) = (reference_data / "asvspoof2019_subset").rglob("*asv.eval.gi.trl.scores.txt")
-    from deepfake_utils.scorefile import read_keys, read_scores
+    from deepfake_utils.evaluation.scorefile import read_keys, read_scores
 
     scores = read_scores(published / "rawgat_st_mul.LA.eval.txt")
     protocol = read_keys(published / "ASVspoof2019.LA.cm.eval.trl.txt")

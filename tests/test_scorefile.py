@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from deepfake_utils import scorefile
 from deepfake_utils.conventions import DeepfakeUtilsError, ScoreError
+from deepfake_utils.evaluation import scorefile
 
 NAMES = ["LA_E_1", "LA_E_2", "LA_E_3"]
 SCORES = [1.5, -2.25, 1e-05]

@@ -9,7 +9,7 @@ from torch import nn
 
 from deepfake_utils import score_files, score_protocol
 from deepfake_utils.conventions import AudioError, ScoreError
-from deepfake_utils.layers import CMOutput
+from deepfake_utils.models.layers import CMOutput
 
 
 class MeanLevel(nn.Module):
@@ -69,8 +69,10 @@ def test_missing_paths_and_folders_without_audio_are_errors(tmp_path):
 
 
 def protocol_of(recordings):
-    return pd.DataFrame({"utterance": [p.stem for p in recordings], "path": [str(p) for p in recordings],
-                         "label": [1, 0, 1, 0, 1], "attack": "-", "speaker": "s", "split": "eval", "corpus": "levels"})  # fmt: skip
+    names = {"utterance": [p.stem for p in recordings], "path": [str(p) for p in recordings]}
+    return pd.DataFrame(
+        names | {"label": [1, 0, 1, 0, 1], "attack": "-", "speaker": "s", "split": "eval", "corpus": "levels"}
+    )
 
 
 def test_protocol_and_files_give_the_same_scores_and_the_mode_is_restored(recordings):

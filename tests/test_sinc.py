@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from deepfake_utils.conventions import ConfigError
-from deepfake_utils.frontends.sinc import SPACINGS, SincFilters, band_edges_hz
+from deepfake_utils.models.sinc import SPACINGS, SincFilters, band_edges_hz
 
 
 def seeded(seed=0):

@@ -14,13 +14,15 @@ import pytest
 import soundfile
 import torch
 
-from deepfake_utils import capacity, training
-from deepfake_utils.checkpoint import load_model, load_training_state
-from deepfake_utils.config import RECIPES, TrainingConfig
 from deepfake_utils.conventions import ConfigError, TrainingError
-from deepfake_utils.optimisation import SharpnessAware, learning_rate, reestimate_batch_norm
-from deepfake_utils.runtime import FLOAT32
-from deepfake_utils.training import fit
+from deepfake_utils.machine import FLOAT32
+from deepfake_utils.scoring.weights import load_model
+from deepfake_utils.training import loop as training
+from deepfake_utils.training import plan as capacity
+from deepfake_utils.training.config import RECIPES, TrainingConfig
+from deepfake_utils.training.loop import fit
+from deepfake_utils.training.resume import load_training_state
+from deepfake_utils.training.schedule import SharpnessAware, learning_rate, reestimate_batch_norm
 
 TINY = {"sinc_filters": 12, "channels": (4, 4), "graph_dim": 4, "branch_dim": 4}
 
@@ -68,7 +70,7 @@ def test_learns_writes_everything_down_and_the_kept_weights_score_the_reported_e
         assert promised in said
 
     from deepfake_utils import score_protocol
-    from deepfake_utils.metrics import compute_eer
+    from deepfake_utils.evaluation.metrics import compute_eer
 
     scores = score_protocol(load_model(weights=result.weights), corpus[1], n_samples=4000, device="cpu", progress=None)
     assert compute_eer(scores["score"], corpus[1]["label"]).eer == pytest.approx(result.best_dev_eer)
@@ -109,7 +111,7 @@ CHILD = """
     sys.path.insert(0, {repository!r})
     torch.set_num_threads(1)
     from tests.test_training import tiny_config
-    from deepfake_utils.training import fit
+    from deepfake_utils.training.loop import fit
     train, dev = (pd.read_csv(f) for f in sys.argv[1:3])
     fit(train, dev, sys.argv[3], tiny_config(checkpoint_every_s=0.0, epochs=40), device="cpu",
         say=lambda text: print(text, flush=True))
@@ -278,7 +280,7 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_step(corpus, tmp_pat
 
 def test_micro_batches_join_to_the_gradient_of_the_whole(corpus, tmp_path):
     """Without batch norm in the way (evaluation mode), 3 uneven parts give the whole batch's gradient."""
-    from deepfake_utils.losses import WeightedCrossEntropy
+    from deepfake_utils.models.losses import WeightedCrossEntropy
 
     logits = torch.randn(7, 2, dtype=torch.float64, requires_grad=True)
     target = torch.tensor([1.0, 0, 0, 1, 0, 0.3, 1]).double()

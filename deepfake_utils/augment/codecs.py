@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..audio import fit_length, to_int16
-from ..conventions import SAMPLE_RATE_HZ, ConfigError
+from deepfake_utils.conventions import SAMPLE_RATE_HZ, ConfigError
+from deepfake_utils.waveforms.decode import fit_length, to_int16
 
 
 class Codec(NamedTuple):

@@ -8,7 +8,7 @@ import torch
 from scipy.fft import next_fast_len
 from torch import Tensor
 
-from ..conventions import ConfigError
+from deepfake_utils.conventions import ConfigError
 
 SMALLEST_POWER = 1e-20  # mean squares are held above this, so that silence divides nothing by zero
 

@@ -15,8 +15,8 @@ import torch
 from scipy.special import betaincinv
 from torch import Tensor
 
-from ..conventions import SAMPLE_RATE_HZ, ConfigError
-from .common import add_at_snr, check_bounds, draw_uniform, fir_filter, mean_power, on_device
+from deepfake_utils.augment.common import add_at_snr, check_bounds, draw_uniform, fir_filter, mean_power, on_device
+from deepfake_utils.conventions import SAMPLE_RATE_HZ, ConfigError
 
 NYQUIST_HZ = SAMPLE_RATE_HZ / 2
 MU = 255  # of G.711

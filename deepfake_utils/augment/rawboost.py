@@ -18,8 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..conventions import SAMPLE_RATE_HZ, ConfigError
-from .common import add_at_snr, check_bounds, draw_uniform, fir_filter, limit_peak, on_device
+from deepfake_utils.augment.common import add_at_snr, check_bounds, draw_uniform, fir_filter, limit_peak, on_device
+from deepfake_utils.conventions import SAMPLE_RATE_HZ, ConfigError
 
 ALGORITHMS = {1: "c", 2: "i", 3: "s", 4: "cis", 5: "ci"}  # which noises, in series
 

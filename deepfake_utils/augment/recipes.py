@@ -11,12 +11,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..conventions import ConfigError
-from . import effects as fx
-from .codecs import CODECS, apply_codec, draw_codec
-from .common import check_bounds, limit_peak
-from .rawboost import ALGORITHMS, apply_rawboost, draw_rawboost
-from .recordings import read_recordings
+from deepfake_utils.augment import effects as fx
+from deepfake_utils.augment.codecs import CODECS, apply_codec, draw_codec
+from deepfake_utils.augment.common import check_bounds, limit_peak
+from deepfake_utils.augment.rawboost import ALGORITHMS, apply_rawboost, draw_rawboost
+from deepfake_utils.augment.recordings import read_recordings
+from deepfake_utils.conventions import ConfigError
 
 Augmentation = Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]
 

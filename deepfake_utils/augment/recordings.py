@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..audio import AUDIO_SUFFIXES, read_audio
-from ..conventions import SAMPLE_RATE_HZ, ConfigError
+from deepfake_utils.conventions import AUDIO_SUFFIXES, SAMPLE_RATE_HZ, ConfigError
+from deepfake_utils.waveforms.decode import read_audio
 
 
 def read_recordings(folder: str | os.PathLike, generator: torch.Generator, *, limit_s: float = 1800.0) -> list[Tensor]:

@@ -1,10 +1,11 @@
-"""Train, dev and eval of a corpus: its own, or drawn where nothing in it names any."""
+"""Train, dev and eval of a corpus, its own or drawn where nothing in it names any; and subsets of their trials."""
 
 from __future__ import annotations
 
+import numpy as np
 import pandas as pd
 
-from deepfake_utils.conventions import CorpusError
+from deepfake_utils.conventions import BONAFIDE, SPOOF, ConfigError, CorpusError
 from deepfake_utils.corpora.corpus import Corpus
 from deepfake_utils.corpora.folder import assign_splits
 from deepfake_utils.corpora.trials import SPLITS, UNKNOWN_SPEAKER
@@ -43,3 +44,49 @@ def divide(corpus: Corpus, seed: int) -> tuple[list[pd.DataFrame], str]:
         f"Nothing here names a train split, so splits were drawn (seed {seed}): {shares}; {speakers}. "
         "Attacks are not kept apart."
     )
+
+
+def balanced_subset(protocol: pd.DataFrame, n: int, seed: int) -> pd.DataFrame:
+    """Return up to n trials, half of them bona fide, the spoofs spread evenly over the attacks; in protocol order.
+
+    All trials if there are no more than n.
+    """
+    if n < 4:
+        raise ConfigError(f"a subset needs at least 4 trials, got {n}")
+    if len(protocol) <= n:
+        return protocol.reset_index(drop=True)
+    shuffled = protocol.sample(frac=1, random_state=seed)
+    bonafide = shuffled[shuffled["label"] == BONAFIDE].head(n // 2)
+    spoof = shuffled[shuffled["label"] == SPOOF]
+    turn = spoof.groupby("attack").cumcount()  # the first of every attack, then the second of every attack ...
+    spoof = spoof.loc[turn.sort_values(kind="stable").index].head(n - len(bonafide))
+    return pd.concat([bonafide, spoof]).sort_index().reset_index(drop=True)
+
+
+def scored_part(protocol: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
+    """Return the trials of a protocol that have a score, with the column score; scores of other trials are left.
+
+    A file may hold several splits, and a run may have scored a part of one. `len` says how many there are; none is an
+    empty frame.
+    """
+    known = scores.drop_duplicates("utterance").set_index("utterance")["score"]
+    part = protocol[protocol["utterance"].isin(known.index)].reset_index(drop=True)
+    return part.assign(score=known.reindex(part["utterance"]).to_numpy(np.float64))
+
+
+def proportional_subset(protocol: pd.DataFrame, n: int, seed: int) -> pd.DataFrame:
+    """Return about n trials with bona fide and each attack in proportion, in protocol order; all if there are fewer."""
+    share = min(1.0, n / len(protocol))
+    return protocol.groupby("attack").sample(frac=share, random_state=seed).sort_index().reset_index(drop=True)
+
+
+def split_by_speaker(trials: pd.DataFrame, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return two halves of a scored split for a corpus that has no dev split.
+
+    No speaker is in both; where speakers are not known, trials are divided.
+    """
+    unknown = trials["speaker"].astype(str).isin(("", "-", "unknown", "nan", "None")).any()
+    groups = trials["utterance" if unknown else "speaker"].to_numpy(dtype=str)
+    chosen = np.random.default_rng(seed).permutation(np.unique(groups))
+    first = pd.Series(groups).isin(chosen[: len(chosen) // 2]).to_numpy()
+    return trials[first].reset_index(drop=True), trials[~first].reset_index(drop=True)

@@ -11,8 +11,15 @@ from pathlib import Path
 
 import pandas as pd
 
-from deepfake_utils.audio import AUDIO_SUFFIXES
-from deepfake_utils.conventions import BONAFIDE, LABEL_NAMES, NO_ATTACK, PROTOCOL_COLUMNS, SPOOF, CorpusError
+from deepfake_utils.conventions import (
+    AUDIO_SUFFIXES,
+    BONAFIDE,
+    LABEL_NAMES,
+    NO_ATTACK,
+    PROTOCOL_COLUMNS,
+    SPOOF,
+    CorpusError,
+)
 
 SPLITS = ("train", "dev", "eval")
 UNKNOWN_SPEAKER = "-"

@@ -36,9 +36,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepfake_utils.conventions import CheckpointError, ConfigError
-from deepfake_utils.frontends.sinc import SincFilters
-from deepfake_utils.layers import CMOutput, check_waveform
-from deepfake_utils.models.encoder import Encoder
+from deepfake_utils.models.fast.encoder import Encoder
+from deepfake_utils.models.layers import CMOutput, check_waveform
+from deepfake_utils.models.sinc import SincFilters
 
 
 @dataclass(frozen=True)

@@ -34,8 +34,8 @@ import torch
 from torch import Tensor, nn
 
 from deepfake_utils.conventions import ConfigError
-from deepfake_utils.frontends.lfcc import build_front_end
-from deepfake_utils.layers import AttentiveStatistics, CMOutput, check_waveform
+from deepfake_utils.models.layers import AttentiveStatistics, CMOutput, check_waveform
+from deepfake_utils.models.lfcc import build_front_end
 
 POOLINGS = ("attention", "lstm-sum")
 

@@ -35,8 +35,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepfake_utils.conventions import CheckpointError
-from deepfake_utils.frontends.sinc import SincFilters
-from deepfake_utils.layers import CMOutput, check_waveform
+from deepfake_utils.models.layers import CMOutput, check_waveform
+from deepfake_utils.models.sinc import SincFilters
 
 FFT_POINTS = 4096
 BLOCKS_AT_ONCE = 4  # on a processor: their bands, 1 MB, stay in its cache

@@ -31,8 +31,8 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deepfake_utils.frontends.lfcc import build_front_end
-from deepfake_utils.layers import AttentiveStatistics, CMOutput, check_waveform
+from deepfake_utils.models.layers import AttentiveStatistics, CMOutput, check_waveform
+from deepfake_utils.models.lfcc import build_front_end
 
 
 @dataclass(frozen=True)

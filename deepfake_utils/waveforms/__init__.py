@@ -10,11 +10,10 @@ import pandas as pd
 import torch
 
 from deepfake_utils.conventions import ConfigError
-from deepfake_utils.runtime import free_device_bytes
-
-from .batches import Batch, balanced_weights, eval_batches, train_batches
-from .cache import CachedSource, ClipCache, FileSource, shared_cache
-from .store import DeviceSource, PackedStore, StoreError, estimate_bytes, open_store
+from deepfake_utils.machine import free_device_bytes
+from deepfake_utils.waveforms.batches import Batch, balanced_weights, eval_batches, train_batches
+from deepfake_utils.waveforms.cache import CachedSource, ClipCache, FileSource, shared_cache
+from deepfake_utils.waveforms.store import DeviceSource, PackedStore, StoreError, estimate_bytes, open_store
 
 __all__ = [
     "Batch",

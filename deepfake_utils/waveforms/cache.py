@@ -22,9 +22,9 @@ import numpy as np
 import pandas as pd
 from torch.utils.data import get_worker_info
 
-from deepfake_utils.audio import audio_info, read_audio, to_int16
 from deepfake_utils.conventions import AudioError, ConfigError, CorpusError
-from deepfake_utils.runtime import free_memory_bytes, memory_limit_bytes
+from deepfake_utils.machine import free_memory_bytes, memory_limit_bytes
+from deepfake_utils.waveforms.decode import audio_info, read_audio, to_int16
 
 SHARE_OF_LIMIT = 0.5  # of the memory this process may use, the most the cache takes unless told otherwise
 SHARE_LEFT_FREE = 0.05  # of the same: the floor under which nothing more may be taken ...

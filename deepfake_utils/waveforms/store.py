@@ -25,11 +25,11 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from deepfake_utils.conventions import SAMPLE_RATE_HZ, AudioError, CorpusError, DeepfakeUtilsError, atomic_write
-from deepfake_utils.runtime import free_device_bytes
-
-from .batches import crop_starts
-from .cache import FileSource, with_reason
+from deepfake_utils.conventions import SAMPLE_RATE_HZ, AudioError, CorpusError, DeepfakeUtilsError
+from deepfake_utils.files import atomic_write
+from deepfake_utils.machine import free_device_bytes
+from deepfake_utils.waveforms.batches import crop_starts
+from deepfake_utils.waveforms.cache import FileSource, with_reason
 
 try:
     import fcntl

@@ -32,10 +32,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from deepfake_utils.audio import fit_length, read_audio
 from deepfake_utils.conventions import CROP_SAMPLES
-from deepfake_utils.export import OnnxScorer, export_onnx
 from deepfake_utils.models import PUBLISHED_NAMES, build_model
+from deepfake_utils.scoring.onnx import OnnxScorer, export_onnx
+from deepfake_utils.waveforms.decode import fit_length, read_audio
 
 REFERENCE = {  # name here -> module, configuration and weights there
     "aasist": ("AASIST", "AASIST.conf", "AASIST.pth"),

@@ -20,9 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from deepfake_utils import evaluate, find_corpora, fit, score_protocol
 from deepfake_utils.augment import RECIPES as AUGMENTATIONS
-from deepfake_utils.config import RECIPES
-from deepfake_utils.corpora import build_demo
-from deepfake_utils.intervals import several_seeds
+from deepfake_utils.demo import build_demo
+from deepfake_utils.evaluation.intervals import several_seeds
+from deepfake_utils.training.config import RECIPES
 
 
 def eers(corpus, config) -> tuple[float, float]:

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from deepfake_utils import find_corpora, fit
-from deepfake_utils.config import RECIPES
-from deepfake_utils.layers import CMOutput
 from deepfake_utils.models import MODELS, PUBLISHED_NAMES, build_model
+from deepfake_utils.models.layers import CMOutput
+from deepfake_utils.training.config import RECIPES
 
 NAME = "aasist-l"
 CONFIG = RECIPES["short"].replace(epochs=12, batch_size=4)
@@ -85,7 +85,7 @@ def main() -> None:
                 history = fit(train, dev, Path(folder) / "run", config, model=model, say=lambda _: None).history
             eer, loss = 100 * history["dev_eer"].to_numpy(), history["train_loss"].to_numpy()
             print(
-                f"seed {seed}  {name:<10} dev EER best {eer.min():4.1f} %, last three epochs {np.mean(eer[-3:]):4.1f} %;"
+                f"seed {seed}  {name:<10} dev EER best {eer.min():4.1f} %, last three {np.mean(eer[-3:]):4.1f} %;"
                 f" loss {loss[0]:.3f} to {loss[-1]:.3f}",
                 flush=True,
             )

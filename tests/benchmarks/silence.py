@@ -2,7 +2,7 @@
 
     python tests/benchmarks/silence.py --data LA --weights AASIST.pth      # 80 s on one core
 
-Takes the first 50 recordings of each class of the dev split. Leading silence is what `analysis.speech_span` says: whole
+Takes the first 50 recordings of each class of the dev split. Leading silence is what `trimmed.speech_span` says: whole
 10 ms frames before the first one within 40 dB of the loudest. A clip is called spoofed where the log odds of bona fide
 (the difference of the two logits) are below 0. Attention is the share that the first of 29 spans (0.14 s) receives
 from all spans, in units of an even share.
@@ -20,10 +20,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from deepfake_utils import find_corpora, load_model
-from deepfake_utils.analysis import speech_span
-from deepfake_utils.audio import fit_length, read_audio
 from deepfake_utils.conventions import BONAFIDE, CROP_SAMPLES, SAMPLE_RATE_HZ, SPOOF
-from deepfake_utils.probing import temporal_attention
+from deepfake_utils.probing.model import temporal_attention
+from deepfake_utils.waveforms.decode import fit_length, read_audio
+from deepfake_utils.waveforms.trimmed import speech_span
 
 N_RECORDINGS = 50  # of each class
 

@@ -24,14 +24,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from deepfake_utils.capacity import in_words, step_bytes
-from deepfake_utils.config import TrainingConfig
-from deepfake_utils.corpora import build_demo, find_corpora
-from deepfake_utils.losses import WeightedCrossEntropy
+from deepfake_utils.corpora import find_corpora
+from deepfake_utils.demo import build_demo
+from deepfake_utils.machine import in_words, pick_device, pick_precision
 from deepfake_utils.models import build_model
-from deepfake_utils.optimisation import build_optimizer
-from deepfake_utils.runtime import pick_device, pick_precision
-from deepfake_utils.training import fit
+from deepfake_utils.models.losses import WeightedCrossEntropy
+from deepfake_utils.training.config import TrainingConfig
+from deepfake_utils.training.loop import fit
+from deepfake_utils.training.plan import step_bytes
+from deepfake_utils.training.schedule import build_optimizer
 
 LA_TRAIN_UTTERANCES = 25_380
 LA_EPOCHS = 100

@@ -25,10 +25,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from deepfake_utils.audio import random_crop  # noqa: E402
 from deepfake_utils.conventions import CROP_SAMPLES, SAMPLE_RATE_HZ  # noqa: E402
 from deepfake_utils.waveforms import ClipCache, open_source, train_batches  # noqa: E402
 from deepfake_utils.waveforms.cache import CachedSource  # noqa: E402
+from deepfake_utils.waveforms.decode import random_crop  # noqa: E402
 
 STEP_S = 0.038  # 24 utterances a step make an ASVspoof 2019 LA epoch (25,380) of 40 s
 BATCH_SIZE = 24

@@ -1,0 +1,1 @@
+"""What a model listens to, and what could be told without listening."""

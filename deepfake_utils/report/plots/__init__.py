@@ -1,0 +1,59 @@
+"""Pictures: each function takes data and returns a Matplotlib figure with axes, units and counts."""
+
+from deepfake_utils.report.plots.analysis import (
+    agreement,
+    clip_under_the_lens,
+    det_with_points,
+    eer_bars,
+    embedding_map,
+    gap_parts,
+    rejections_by_speaker,
+    reliability_diagram,
+    score_panels,
+    tandem_cost,
+    trimming,
+)
+from deepfake_utils.report.plots.basic import (
+    attack_bars,
+    clips,
+    corpus_overview,
+    det_curves,
+    draw_spectrogram,
+    score_histogram,
+    spectrogram_grid,
+    training_curves,
+)
+from deepfake_utils.report.plots.models import (
+    cepstra,
+    cutoff_moves,
+    filter_responses,
+    graph_attention,
+    model_comparison,
+)
+
+__all__ = [
+    "agreement",
+    "attack_bars",
+    "cepstra",
+    "clip_under_the_lens",
+    "clips",
+    "corpus_overview",
+    "cutoff_moves",
+    "det_curves",
+    "det_with_points",
+    "draw_spectrogram",
+    "eer_bars",
+    "embedding_map",
+    "filter_responses",
+    "gap_parts",
+    "graph_attention",
+    "model_comparison",
+    "rejections_by_speaker",
+    "reliability_diagram",
+    "score_histogram",
+    "score_panels",
+    "spectrogram_grid",
+    "tandem_cost",
+    "training_curves",
+    "trimming",
+]

@@ -1,0 +1,1 @@
+"""From weights and recordings to scores."""
