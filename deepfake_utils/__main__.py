@@ -115,6 +115,7 @@ def score(options: argparse.Namespace) -> int:
     """Score recordings into a CSV; name the unreadable ones."""
     from deepfake_utils.evaluation import scorefile
     from deepfake_utils.scoring import score as scoring
+    from deepfake_utils.scoring.weights import load_model, score_kind
 
     if options.onnx:
         if options.model:
@@ -123,8 +124,6 @@ def score(options: argparse.Namespace) -> int:
 
         model = OnnxScorer(options.onnx)
     else:
-        from deepfake_utils.scoring.weights import load_model
-
         model = load_model(options.model, weights=options.weights)
     scores = scoring.score_files(options.audio, model)
     unreadable = scores.attrs["unreadable"]
@@ -135,7 +134,7 @@ def score(options: argparse.Namespace) -> int:
     if options.out is None:
         scores.to_csv(sys.stdout, index=False)
     elif len(scores):
-        meta = {"score": scoring.SCORE_KIND, "weights": str(options.onnx or options.weights)}
+        meta = {"score": score_kind(model), "weights": str(options.onnx or options.weights)}
         scorefile.write_scores(options.out, scores, meta)
         print(f"{len(scores):,} recordings scored into {options.out}; higher is more bona fide")
     return SOME_UNREADABLE if unreadable else DONE

@@ -1,5 +1,6 @@
 """Training on real FLAC files with a tiny AASIST: resuming, stopping, failing, learning."""
 
+import json
 import os
 import signal
 import subprocess
@@ -351,6 +352,9 @@ def test_options_train_and_their_weights_load(corpus, tmp_path, option):
     assert np.isfinite(result.history["train_loss"]).all()
     output = load_model(weights=result.weights)(torch.zeros(1, 4000))
     assert output.logits.shape == (1, 2)
+    expected = "logit" if option.get("loss", "cross_entropy") == "cross_entropy" else "cosine"
+    for name in ("best.json", "dev_scores.csv.json"):
+        assert json.loads((tmp_path / name).read_text())["score"].startswith(expected)
 
 
 def test_a_run_is_taken_over_from_files_that_can_only_be_read(corpus, tmp_path):

@@ -4,7 +4,7 @@ Each takes the model's logits and embedding and a target in 0 .. 1, the share of
 1 and 0 for plain trials, fractions for mixtures. One-class softmax and P2SGrad read the embedding, hold class
 directions of their own (train them with the model, keep them with its weights) and define
 `.logits(embedding)`, which scoring uses in place of the model's logits; as everywhere, a higher logit 1 means
-more bona fide.
+more bona fide. `.score_kind` says in words what that score is: files that hold scores carry it.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ class WeightedCrossEntropy(nn.Module):
     >>> round(even.item(), 4)  # log 2
     0.6931
     """
+
+    score_kind = "logit of bona fide, higher is more bona fide"
 
     def __init__(self, class_weights: tuple[float, float] = (0.1, 0.9)):
         super().__init__()
@@ -72,6 +74,8 @@ class OneClassSoftmax(nn.Module):
     Source: Zhang, Jiang and Duan, "One-class learning towards synthetic voice spoofing detection",
     arXiv 2010.13995, with its margins 0.9 and 0.2 and scale 20.
     """
+
+    score_kind = "cosine to the direction of bona fide, -1 to 1, higher is more bona fide"
 
     def __init__(
         self,
@@ -121,6 +125,8 @@ class P2SGrad(nn.Module):
     Sources: Zhang et al., "P2SGrad: refined gradients for optimizing deep face models", CVPR 2019, equation
     11; for countermeasures Wang and Yamagishi, arXiv 2103.11326.
     """
+
+    score_kind = OneClassSoftmax.score_kind
 
     def __init__(self, embedding_dim: int, generator: torch.Generator | None = None):
         super().__init__()

@@ -18,7 +18,7 @@ from deepfake_utils.conventions import CheckpointError
 from deepfake_utils.files import atomic_write
 from deepfake_utils.models import MODELS, PUBLISHED_NAMES, build_model
 from deepfake_utils.models.layers import CMOutput
-from deepfake_utils.models.losses import build_loss
+from deepfake_utils.models.losses import WeightedCrossEntropy, build_loss
 
 
 class ScoredByLoss(nn.Module):
@@ -57,6 +57,11 @@ def scoring_model(model: nn.Module, criterion: nn.Module) -> nn.Module:
     return ScoredByLoss(model, criterion) if hasattr(criterion, "logits") else model
 
 
+def score_kind(model: nn.Module) -> str:
+    """What the scores of this model are, in words, for the files that hold them."""
+    return getattr(getattr(model, "criterion", None), "score_kind", WeightedCrossEntropy.score_kind)
+
+
 def save_weights(
     path: str | os.PathLike, model: nn.Module, *, name: str, loss: str = "cross_entropy", facts: dict | None = None
 ) -> Path:
@@ -76,7 +81,7 @@ def save_weights(
         "model": name,
         "model_options": dataclasses.asdict(model.config),
         "loss": loss,
-        "score": "logit of bona fide, higher is more bona fide",
+        "score": score_kind(model),
         **(facts or {}),
     }
     with atomic_write(path) as part:

@@ -21,8 +21,8 @@ from deepfake_utils.machine import describe_machine, pick_device, pick_precision
 from deepfake_utils.models import build_model
 from deepfake_utils.models.losses import build_loss
 from deepfake_utils.models.sinc import SincFilters
-from deepfake_utils.scoring.score import SCORE_KIND, SCORING_BATCH, compute_outputs, score_frame
-from deepfake_utils.scoring.weights import embedding_dim, save_weights, scoring_model
+from deepfake_utils.scoring.score import SCORING_BATCH, compute_outputs, score_frame
+from deepfake_utils.scoring.weights import embedding_dim, save_weights, score_kind, scoring_model
 from deepfake_utils.training import plan as capacity
 from deepfake_utils.training.config import TrainingConfig
 from deepfake_utils.training.resume import load_training_state, save_training_state
@@ -315,7 +315,9 @@ class Session:
         )
         frame = score_frame(self.dev["utterance"], logits)
         write_scores(
-            self.run_dir / "dev_scores.csv", frame, {"score": SCORE_KIND, "split": "dev", "epoch": self.state.epoch + 1}
+            self.run_dir / "dev_scores.csv",
+            frame,
+            {"score": score_kind(scored), "split": "dev", "epoch": self.state.epoch + 1},
         )
 
     def epoch_row(self, dev_eer: float, train_s: float, wait_s: float, n_utterances: int) -> dict:
