@@ -1,6 +1,7 @@
 """AASIST: the published logits, its layers against naive loops, and its fast encoder against the plain one."""
 
 import copy
+from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -9,19 +10,20 @@ import soundfile
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import prune
 
 from deepfake_utils.conventions import CROP_SAMPLES, CheckpointError, ConfigError
-from deepfake_utils.models import build_model
+from deepfake_utils.models import build_model, fast
 from deepfake_utils.models.aasist import (
     AASISTConfig,
     HeterogeneousAttention,
+    NodePooling,
     PairAttention,
-    keep_largest,
     published_state_dict,
 )
 from deepfake_utils.models.aasist_transformer import AASISTTransformerConfig, positions
-from deepfake_utils.models.fast import tiling
-from deepfake_utils.models.fast.encoder import FirstBlock, ResidualBlock, fold_norm, frames_first
+from deepfake_utils.models.encoder import ResidualBlock
+from deepfake_utils.models.fast import blocks, tiling
 from deepfake_utils.models.fast.fused import LaterBlockTiles
 from deepfake_utils.models.layers import CMOutput
 
@@ -141,14 +143,16 @@ def test_heterogeneous_attention_weighs_pairs_by_the_graphs_they_join():
 
 
 @pytest.mark.parametrize(("n_nodes", "share", "n_kept"), [(10, 0.5, 5), (29, 0.7, 20), (1, 0.3, 1), (4, 1.0, 4)])
-def test_pooling_keeps_the_best_nodes_scaled_by_their_scores(n_nodes, share, n_kept):
+def test_pooling_keeps_the_best_nodes_scaled_by_their_ratings(n_nodes, share, n_kept):
+    torch.manual_seed(0)
+    pool = NodePooling(3, share).eval()
     nodes = torch.randn(2, n_nodes, 3, generator=seeded())
-    scores = torch.rand(2, n_nodes, 1, generator=seeded(1))
-    kept = keep_largest(nodes, scores, share)
+    kept = pool(nodes)
     assert kept.shape == (2, n_kept, 3)
     for b in range(2):
-        best = sorted(range(n_nodes), key=lambda i: -scores[b, i, 0])[:n_kept]
-        torch.testing.assert_close(kept[b], nodes[b, best] * scores[b, best])
+        ratings = pool.gate(nodes[b]).sigmoid()
+        best = sorted(range(n_nodes), key=lambda i: -ratings[i, 0])[:n_kept]
+        torch.testing.assert_close(kept[b], nodes[b, best] * ratings[best])
 
 
 # --- the encoder's fast paths, against the plain block in double precision
@@ -156,7 +160,7 @@ def test_pooling_keeps_the_best_nodes_scaled_by_their_scores(n_nodes, share, n_k
 
 def first_block():
     torch.manual_seed(0)
-    return randomised(FirstBlock(6)), torch.randn(3, 1, 5, 40, generator=seeded(), dtype=torch.float64)
+    return randomised(ResidualBlock(1, 6)), torch.randn(3, 1, 5, 40, generator=seeded(), dtype=torch.float64)
 
 
 def later_block(in_channels=4):
@@ -191,7 +195,7 @@ def run_with_gradients(block, function, x):
     return out.detach(), x.grad, gradients
 
 
-@pytest.mark.parametrize("n_frames", [40, 39, 38, 36, 12, 7, 3])
+@pytest.mark.parametrize("n_frames", [40, 39, 38, 37, 36, 12, 7, 3])
 @pytest.mark.parametrize("kind", BLOCKS)
 @pytest.mark.parametrize("training", [True, False])
 def test_a_block_and_its_gradients_equal_the_plain_ones(kind, training, n_frames, small_tiles):
@@ -227,7 +231,8 @@ def test_the_first_block_on_whole_maps_as_on_a_gpu(training):
 
     def whole(x):
         x = x.transpose(2, 3)
-        return block._whole(x, *fold_norm(block.conv1, block.norm, *block._statistics(x)))
+        folded = blocks.fold_norm(block.conv1, block.norm, *blocks._statistics(block, x))
+        return blocks.whole_first_block(block, x, *folded).transpose(2, 3)
 
     out, x_grad, gradients = run_with_gradients(block, whole, x)
     expected_out, expected_x_grad, expected = run_with_gradients(oracle, oracle.plain, x)
@@ -252,6 +257,125 @@ def test_threads_change_nothing(small_tiles):
         assert torch.equal(out, results[0][0]) and torch.equal(x_grad, results[0][1])
 
 
+# --- where the fast paths are not taken
+
+
+def kernels_used(block, x):
+    """Whether the block ran by kernels, from whether conv2 was called as a module."""
+    with mock.patch.object(type(block), "plain", side_effect=RuntimeError("plain")):
+        try:
+            block(x)
+        except RuntimeError as error:
+            assert str(error) == "plain"
+            return False
+    return True
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_the_switch_and_the_table(kind):
+    block, x = BLOCKS[kind]()
+    used = {}
+    for training in (True, False):
+        block.train(training)
+        for gradient in (True, False):
+            with torch.set_grad_enabled(gradient):
+                used[training, gradient] = kernels_used(block, x)
+                with fast.disabled():
+                    assert not kernels_used(block, x)
+                assert kernels_used(block, x) == used[training, gradient]
+    assert used == {
+        (True, True): True,
+        (True, False): True,
+        (False, False): True,
+        (False, True): kind == "first",
+    }
+    assert not kernels_used(block.to("meta"), x.to("meta"))
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_a_frozen_norm_stays_frozen(kind):
+    """Fine-tuning with `norm.eval()` inside of a model in training: running statistics are used, and kept."""
+    block, x = BLOCKS[kind]()
+    block.train().norm.eval()
+    oracle = copy.deepcopy(block)
+    out, x_grad, gradients = run_with_gradients(block, block, x)
+    expected_out, expected_x_grad, expected = run_with_gradients(oracle, oracle.plain, x)
+    torch.testing.assert_close(out, expected_out)
+    torch.testing.assert_close(x_grad, expected_x_grad)
+    for name in expected:
+        torch.testing.assert_close(gradients[name], expected[name], msg=name)
+    for name, value in block.named_buffers():
+        assert torch.equal(value, dict(oracle.named_buffers())[name]), name
+
+
+def test_a_frozen_norm_stays_frozen_while_blocks_are_recomputed():
+    torch.manual_seed(0)
+    model = build_model("aasist", channels=(4, 6), graph_dim=4, branch_dim=4, recompute=True)
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.eval()
+    before = [norm.running_mean.clone() for norm in norms]
+    model(noise(2, 4000)).logits.sum().backward()
+    assert all(torch.equal(norm.running_mean, kept) for norm, kept in zip(norms, before, strict=True))
+    assert all(norm.track_running_stats for norm in norms)
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+@pytest.mark.parametrize("training", [True, False])
+def test_pruned_weights_are_pruned_at_every_step(kind, training):
+    trained = []
+    for by_definition in (False, True):
+        block, x = BLOCKS[kind]()
+        block.train(training)
+        for conv in (block.conv1, block.conv2):
+            mask = torch.arange(conv.weight.numel()).view_as(conv.weight) % 2
+            prune.custom_from_mask(conv, "weight", mask)
+        optimiser = torch.optim.SGD(block.parameters(), 1e-3)
+        for _ in range(2):
+            optimiser.zero_grad()
+            (block.plain if by_definition else block)(x).square().mean().backward()
+            optimiser.step()
+        trained.append(block.state_dict())
+    for name, value in trained[0].items():
+        torch.testing.assert_close(value, trained[1][name], msg=name)
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+@pytest.mark.parametrize("part", ["conv1", "norm", "conv2", "shortcut"])
+def test_forward_hooks_fire_and_may_change_what_passes(kind, part):
+    for training in (True, False):
+        block, x = BLOCKS[kind]()
+        block.train(training)
+        with torch.no_grad():
+            before = block(x)
+            hook = getattr(block, part).register_forward_hook(lambda module, inputs, output: output.relu())
+            assert (block(x) - before).abs().max() > 1e-3
+            hook.remove()
+            if not training:
+                torch.testing.assert_close(block(x), before)
+
+
+def test_replaced_and_parametrised_parts_are_what_runs():
+    block, x = later_block()
+    with torch.no_grad():
+        block.eval().norm = nn.GroupNorm(2, 6).double()
+        torch.testing.assert_close(block(x), block.plain(x))
+        block, x = later_block()
+        nn.utils.parametrizations.weight_norm(block.conv1)
+        torch.testing.assert_close(block(x), copy.deepcopy(block).plain(x))
+        block, x = first_block()
+        block.norm = nn.BatchNorm2d(6, affine=False, track_running_stats=False).double()
+        torch.testing.assert_close(block.eval()(x), block.plain(x))
+
+
+def test_graphs_are_recorded_as_defined():
+    block, x = later_block()
+    block.eval()
+    with torch.no_grad():
+        for graph in (torch.jit.trace(block, x), torch.export.export(block, (x,)).module()):
+            torch.testing.assert_close(graph(x + 1), block(x + 1))
+
+
 def test_statistics_count_as_batch_norms_do_with_any_momentum():
     """swa_utils.update_bn sets the momentum to None, for the plain average over batches."""
     for make in BLOCKS.values():
@@ -272,7 +396,7 @@ def test_batch_statistics_are_as_exact_as_single_precision_allows():
     block = ResidualBlock(32, 32)
     nn.init.constant_(block.conv1.bias, 5)
     x = torch.randn(2, 32, 5000, 23, generator=seeded()).contiguous(memory_format=torch.channels_last)
-    conv1, conv2 = frames_first(block.conv1), frames_first(block.conv2)
+    conv1, conv2 = blocks.kernel_of(block.conv1), blocks.kernel_of(block.conv2)
     with torch.no_grad():
         _, mean, var = LaterBlockTiles.apply(x, *conv1, block.norm.weight, block.norm.bias, 1e-5, *conv2)
         exact = F.conv2d(x.double(), *(tensor.double() for tensor in conv1), padding=(1, 1))

@@ -298,6 +298,24 @@ def test_temporal_attention_is_shared_out_and_is_the_one_the_model_applies():
     np.testing.assert_allclose(attention[3], expected, rtol=1e-4)
 
 
+def test_temporal_attention_of_one_class_weights_and_of_few_nodes():
+    from deepfake_utils.conventions import ConfigError
+    from deepfake_utils.models import build_model
+    from deepfake_utils.models.losses import build_loss
+    from deepfake_utils.scoring.weights import scoring_model
+
+    generator = torch.Generator().manual_seed(0)
+    model = build_model("aasist-l", generator=generator, channels=(4, 4), temporal_keep=0.3).eval()
+    clip = noise(model.min_samples).astype(np.float32) / 32768  # two nodes, of which int(2 * 0.3) = 0 would be kept
+    attention, kept = probing.temporal_attention(model, clip)
+    assert attention.shape == (2, 2) and kept.sum() == 1
+    one_class = scoring_model(model, build_loss("oc_softmax", 160))
+    again, _ = probing.temporal_attention(one_class, clip)
+    np.testing.assert_array_equal(again, attention)
+    with pytest.raises(ConfigError, match="LCNN has no temporal graph"):
+        probing.temporal_attention(build_model("lfcc-lcnn").eval(), clip)
+
+
 def test_window_scores_are_those_of_the_stretches_alone():
     clip = np.concatenate([np.zeros(16000), noise(24000) / 32768]).astype(np.float32)
     table = probing.window_scores(Loudness(), clip, window_s=1.0, hop_s=1.0, n_samples=32000)

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from deepfake_utils.conventions import AudioError, CheckpointError, ConfigError
 from deepfake_utils.models import build_model
-from deepfake_utils.models.rawnet2 import FFT_POINTS, GRULayer, RawNet2Config, pooled_by_fft, published_state_dict
-from deepfake_utils.models.sinc import SincFilters
+from deepfake_utils.models.fast.gru import GRULayer
+from deepfake_utils.models.rawnet2 import RawNet2Config, published_state_dict
+from deepfake_utils.models.sinc import FFT_POINTS, SincFilters, pooled_by_fft
 
 SMALL = {"sinc_filters": 6, "sinc_taps": 65, "channels": (6, 8), "gru_dim": 12, "gru_layers": 2, "embedding_dim": 10}
 
@@ -72,6 +73,13 @@ def test_training_and_scoring_take_the_same_path_through_the_gru_to_rounding():
         torch.testing.assert_close(recorded.detach(), model(waveform).logits, atol=1e-5, rtol=1e-5)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         torch.testing.assert_close(model(waveform).logits.float(), recorded, atol=0.1, rtol=0.1)
+
+
+def test_hooks_on_the_gru_fire_in_training():
+    model, seen = small(), []
+    model.gru.register_forward_hook(lambda module, inputs, output: seen.append(output[0].shape))
+    model(noise(2, 900)).logits.sum().backward()
+    assert len(seen) == 1
 
 
 def rawnet2_by_definition(state, waveform):

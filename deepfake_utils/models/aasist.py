@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepfake_utils.conventions import CheckpointError, ConfigError
-from deepfake_utils.models.fast.encoder import Encoder
+from deepfake_utils.models.encoder import Encoder
 from deepfake_utils.models.layers import CMOutput, check_waveform
 from deepfake_utils.models.sinc import SincFilters
 
@@ -81,19 +81,6 @@ def _norm_nodes(norm: nn.BatchNorm1d, nodes: Tensor) -> Tensor:
     return norm(nodes.flatten(0, 1)).view_as(nodes)
 
 
-def keep_largest(nodes: Tensor, scores: Tensor, share: float) -> Tensor:
-    """The share of nodes with the largest scores, at least one, each times its score, best first."""
-    n_nodes = nodes.shape[1]
-    if isinstance(n_nodes, Tensor):  # while an export traces the model: a number would freeze the length
-        # Of one value and not of none, lest the exporter multiply in single precision: int(90 * 0.7) is 62.
-        product = n_nodes.reshape(1).double() * torch.tensor([share], dtype=torch.float64)
-        n_kept = product.long().clamp(min=1)[0]
-    else:
-        n_kept = max(int(n_nodes * share), 1)
-    best = scores.topk(n_kept, dim=1).indices
-    return (nodes * scores).gather(1, best.expand(-1, -1, nodes.shape[2]))
-
-
 class NodePooling(nn.Module):
     """Keep the nodes that a learned gate rates highest (Gao and Ji, "Graph U-Nets", arXiv 1905.05178)."""
 
@@ -103,9 +90,19 @@ class NodePooling(nn.Module):
         self.drop = nn.Dropout(0.3)
         self.gate = nn.Linear(dim, 1)
 
+    def n_kept(self, n_nodes: int) -> int:
+        """How many of n_nodes are kept, at least one."""
+        return max(int(n_nodes * self.share), 1)
+
+    def rated(self, nodes: Tensor) -> tuple[Tensor, Tensor]:
+        """Ratings of (B, N, dim) nodes in 0 .. 1, (B, N, 1), and indices of those to keep, best first (B, kept, 1)."""
+        ratings = self.gate(self.drop(nodes)).sigmoid()
+        return ratings, ratings.topk(self.n_kept(nodes.shape[1]), dim=1).indices
+
     def forward(self, nodes: Tensor) -> Tensor:
-        """(B, N, dim) -> (B, max(int(N * share), 1), dim)."""
-        return keep_largest(nodes, self.gate(self.drop(nodes)).sigmoid(), self.share)
+        """(B, N, dim) -> (B, n_kept(N), dim): the nodes kept, each times its rating."""
+        ratings, kept = self.rated(nodes)
+        return (nodes * ratings).gather(1, kept.expand(-1, -1, nodes.shape[2]))
 
 
 class PairAttention(nn.Module):
@@ -121,12 +118,15 @@ class PairAttention(nn.Module):
         self.own = nn.Linear(in_dim, out_dim)
         self.norm = nn.BatchNorm1d(out_dim)
 
+    def attention(self, nodes: Tensor) -> Tensor:
+        """(B, N, N): row i is how node i of (B, N, in_dim) spreads its attention, summing to 1."""
+        pairs = torch.tanh(self.pair(nodes[:, :, None] * nodes[:, None]))  # (B, N, N, out_dim)
+        return ((pairs @ self.pair_weight).squeeze(-1) / self.temperature).softmax(-1)
+
     def forward(self, nodes: Tensor) -> Tensor:
         """(B, N, in_dim) -> (B, N, out_dim)."""
         nodes = self.drop(nodes)
-        pairs = torch.tanh(self.pair(nodes[:, :, None] * nodes[:, None]))  # (B, N, N, out_dim)
-        attention = ((pairs @ self.pair_weight).squeeze(-1) / self.temperature).softmax(-1)
-        nodes = self.attended(attention @ nodes) + self.own(nodes)
+        nodes = self.attended(self.attention(nodes) @ nodes) + self.own(nodes)
         return F.selu(_norm_nodes(self.norm, nodes))
 
 
@@ -232,11 +232,8 @@ class AASIST(nn.Module):
         Raises:
             AudioError: the waveforms are not (B, T) or shorter than `min_samples`.
         """
-        check_waveform(waveform, self.min_samples)
-        maps = self.encoder(waveform, band_mask).abs()  # (B, channels, bands, frames)
-        spectral = maps.amax(3).transpose(1, 2) + self.spectral_position
+        spectral, temporal = self._nodes(waveform, band_mask)
         spectral = self.spectral_pool(self.spectral_attention(spectral))
-        temporal = maps.amax(2).transpose(1, 2)
         temporal = self.temporal_pool(self.temporal_attention(temporal))
         branches = self.branch1(temporal, spectral), self.branch2(temporal, spectral)
         temporal, spectral, master = (torch.maximum(*pair) for pair in zip(*branches, strict=True))
@@ -252,6 +249,18 @@ class AASIST(nn.Module):
         )
         embedding = self.drop(embedding)
         return CMOutput(self.output(embedding), embedding)
+
+    def attention_over_time(self, waveform: Tensor) -> tuple[Tensor, Tensor]:
+        """How each frame attends to the others, (B, N, N), and the indices of those pooling keeps, (B, kept, 1)."""
+        _, temporal = self._nodes(waveform)
+        layer = self.temporal_attention
+        return layer.attention(temporal), self.temporal_pool.rated(layer(temporal))[1]
+
+    def _nodes(self, waveform: Tensor, band_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The nodes of both graphs: a band's largest values over time, (B, bands, channels), and a frame's."""
+        check_waveform(waveform, self.min_samples)
+        maps = self.encoder(waveform, band_mask).abs()  # (B, channels, bands, frames)
+        return maps.amax(3).transpose(1, 2) + self.spectral_position, maps.amax(2).transpose(1, 2)
 
 
 # What the published checkpoints call each part, rewritten in this order.

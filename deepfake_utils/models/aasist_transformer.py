@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepfake_utils.conventions import ConfigError
-from deepfake_utils.models.fast.encoder import Encoder
+from deepfake_utils.models.encoder import Encoder
 from deepfake_utils.models.layers import CMOutput, check_waveform
 from deepfake_utils.models.sinc import SincFilters
 

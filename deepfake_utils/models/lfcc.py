@@ -22,7 +22,6 @@ deltas.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -94,19 +93,13 @@ class PowerSpectrum(nn.Module):
         waveform = waveform.float()
         if self.pre_emphasis:
             waveform = waveform - self.pre_emphasis * F.pad(waveform[:, :-1], (1, 0))
-        if torch.onnx.is_in_onnx_export():
-            return self._power_by_convolution(waveform)
+        return self.powers(waveform)
+
+    def powers(self, waveform: Tensor) -> Tensor:
+        """`forward` of a waveform that is pre-emphasised already."""
         frames = waveform.unfold(-1, self.window_samples, self.hop_samples) * self.window
         spectrum = torch.view_as_real(torch.fft.rfft(frames, n=self.n_fft))
         return spectrum.square().sum(-1)
-
-    def _power_by_convolution(self, waveform: Tensor) -> Tensor:
-        """The same with a real cosine and sine bank: ONNX knows no complex numbers."""
-        turns = torch.outer(torch.arange(self.n_bins), torch.arange(self.window_samples)) % self.n_fft
-        angle = 2 * math.pi / self.n_fft * turns
-        bank = (torch.cat([angle.cos(), angle.sin()]) * self.window.cpu()).unsqueeze(1).to(waveform)
-        cosine, sine = F.conv1d(waveform.unsqueeze(1), bank, stride=self.hop_samples).chunk(2, dim=1)
-        return (cosine.square() + sine.square()).transpose(1, 2)
 
 
 class Lfcc(nn.Module):

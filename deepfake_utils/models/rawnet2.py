@@ -35,11 +35,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepfake_utils.conventions import CheckpointError
+from deepfake_utils.models import fast
+from deepfake_utils.models.fast.gru import run_gru
 from deepfake_utils.models.layers import CMOutput, check_waveform
 from deepfake_utils.models.sinc import SincFilters
-
-FFT_POINTS = 4096
-BLOCKS_AT_ONCE = 4  # on a processor: their bands, 1 MB, stay in its cache
 
 
 @dataclass(frozen=True)
@@ -123,113 +122,16 @@ class RawNet2(nn.Module):
             AudioError: the waveforms are not (B, T) or shorter than `min_samples`.
         """
         check_waveform(waveform, self.min_samples)
-        x = self._bands(waveform, band_mask)
-        x = F.selu(self.norm(x))
+        x = F.selu(self.norm(self.sinc.pooled(waveform, band_mask)))
         for block in self.blocks:
             x = block(x)
         frames = F.selu(self.gru_norm(x)).transpose(1, 2)
         embedding = self.embed(self._last_state(frames))
         return CMOutput(self.output(embedding), embedding)
 
-    def _bands(self, waveform: Tensor, band_mask: Tensor | None) -> Tensor:
-        """|sinc bank|, largest of every 3 samples: (B, filters, frames)."""
-        if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():  # ONNX knows no complex numbers
-            bands = F.max_pool1d(self.sinc(waveform).abs(), 3)
-        else:
-            bands = pooled_by_fft(waveform, self.sinc.filters())
-        return bands if band_mask is None else bands * band_mask.to(bands)[..., None]
-
     def _last_state(self, frames: Tensor) -> Tensor:
         """The GRU's last output of (B, frames, channels): (B, gru_dim)."""
-        by_layer = frames.is_cpu and torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
-        if not by_layer or torch.jit.is_tracing():
-            return self.gru(frames)[1][-1]
-        states = frames.transpose(0, 1)
-        for weights in self.gru.all_weights:
-            states = GRULayer.apply(states, *weights)
-        return states[-1]
-
-
-def pooled_by_fft(waveform: Tensor, filters: Tensor) -> Tensor:
-    """Correlate waveforms with long filters; keep the largest magnitude of every 3 samples.
-
-    In the frequency domain, block by block (overlap-save). The same numbers, to rounding, as a convolution, which
-    with 1,025 taps is half of RawNet2's time on a CPU; this takes an eighth of it, and is float32 also on GPUs
-    whose convolutions are not.
-
-    Args:
-        waveform: (B, T).
-        filters: (C, K) with K at most half of `FFT_POINTS` and at most T.
-
-    Returns:
-        (B, C, (T - K + 1) // 3) in float32.
-    """
-    n_taps = filters.shape[1]
-    n_frames = (waveform.shape[1] - n_taps + 1) // 3
-    n_kept = (FFT_POINTS - n_taps + 1) // 3 * 3  # samples of a block that its circular edge leaves untouched
-    n_blocks = -(-3 * n_frames // n_kept)
-    n_missing = (n_blocks - 1) * n_kept + FFT_POINTS - waveform.shape[1]
-    with torch.autocast(waveform.device.type, enabled=False):
-        blocks = F.pad(waveform.float(), (0, max(n_missing, 0))).unfold(1, FFT_POINTS, n_kept)[:, :n_blocks]
-        spectra = torch.fft.rfft(blocks).flatten(0, 1)[:, None]  # (B * blocks, 1, bins)
-        response = torch.fft.rfft(filters, n=FFT_POINTS).conj()
-        parts = [
-            F.max_pool1d(torch.fft.irfft(part * response, n=FFT_POINTS)[..., :n_kept].abs(), 3)
-            for part in spectra.split(BLOCKS_AT_ONCE if waveform.is_cpu else len(spectra))
-        ]
-        frames = torch.cat(parts).unflatten(0, (len(waveform), n_blocks))
-        return frames.transpose(1, 2).flatten(2)[..., :n_frames]
-
-
-class GRULayer(torch.autograd.Function):
-    """One layer of `nn.GRU` on a processor, (T, B, in) -> (T, B, out) from a zero state.
-
-    The gradient of a weight is a sum over time. PyTorch adds up a matrix of the weight's size at every frame, 12 MB
-    for 29 frames and 3 layers; here one matrix product over all frames gives the sum. Training takes 0.65 of the
-    time in batches of 8 and 0.4 for single utterances, GRU alone.
-    """
-
-    @staticmethod
-    def forward(ctx, x, w_input, w_state, b_input, b_state):
-        n_frames, n_batch, _ = x.shape
-        n = w_state.shape[1]
-        states = x.new_zeros(n_frames + 1, n_batch, n)
-        gates = x.new_empty(n_frames, n_batch, 4 * n)  # reset, update, candidate, what the reset gate lets through
-        from_input = torch.addmm(b_input, x.flatten(0, 1), w_input.T).view(n_frames, n_batch, 3 * n)
-        for t in range(n_frames):
-            from_state = torch.addmm(b_state, states[t], w_state.T)
-            reset_update = torch.sigmoid(from_input[t, :, : 2 * n] + from_state[:, : 2 * n])
-            reset, update = reset_update.chunk(2, dim=1)
-            candidate = torch.tanh(from_input[t, :, 2 * n :] + reset * from_state[:, 2 * n :])
-            states[t + 1] = torch.lerp(candidate, states[t], update)
-            gates[t] = torch.cat([reset_update, candidate, from_state[:, 2 * n :]], dim=1)
-        ctx.save_for_backward(x, w_input, w_state, states, gates)
-        return states[1:]
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        x, w_input, w_state, states, gates = ctx.saved_tensors
-        n = w_state.shape[1]
-        by_input, by_state = (x.new_empty(*grad.shape[:2], 3 * n) for _ in range(2))  # gradients of the gates' inputs
-        state_grad = torch.zeros_like(grad[0])
-        for t in reversed(range(len(grad))):
-            state_grad = state_grad + grad[t]
-            reset, update, candidate, gated = gates[t].chunk(4, dim=1)
-            to_candidate = state_grad * (1 - update) * (1 - candidate.square())
-            to_reset = to_candidate * gated * reset * (1 - reset)
-            to_update = state_grad * (states[t] - candidate) * update * (1 - update)
-            by_input[t] = torch.cat([to_reset, to_update, to_candidate], dim=1)
-            by_state[t] = torch.cat([to_reset, to_update, to_candidate * reset], dim=1)
-            state_grad = torch.addmm(state_grad * update, by_state[t], w_state)
-        by_input, by_state = by_input.flatten(0, 1), by_state.flatten(0, 1)
-        return (
-            (by_input @ w_input).view_as(x),
-            by_input.T @ x.flatten(0, 1),
-            by_state.T @ states[:-1].flatten(0, 1),
-            by_input.sum(0),
-            by_state.sum(0),
-        )
+        return run_gru(self.gru, frames) if fast.applies(self.gru, frames) else self.gru(frames)[1][-1]
 
 
 # What the published code calls each part, rewritten in this order.

@@ -13,7 +13,8 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 from tqdm.auto import tqdm
 
-from deepfake_utils.conventions import BONAFIDE, CROP_SAMPLES, SAMPLE_RATE_HZ
+from deepfake_utils.conventions import BONAFIDE, CROP_SAMPLES, SAMPLE_RATE_HZ, ConfigError
+from deepfake_utils.models.aasist import AASIST
 from deepfake_utils.models.lfcc import Lfcc
 from deepfake_utils.waveforms.decode import fit_length, from_int16
 
@@ -103,25 +104,22 @@ def temporal_attention(model: nn.Module, waveform: np.ndarray) -> tuple[np.ndarr
     """Return how each span of a clip attends to the others in AASIST's temporal graph, and which spans pooling keeps.
 
     Args:
-        model: an AASIST in evaluation mode.
+        model: an AASIST in evaluation mode, also one whose logits come from its loss.
         waveform: samples (n,) at 16 kHz, taken as they are.
 
     Returns:
         (N, N), row i is how span i spreads its attention, summing to 1; and (N,) bool.
+
+    Raises:
+        ConfigError: the model is no AASIST, so that it has no temporal graph.
     """
-    layer, pool, caught = model.temporal_attention, model.temporal_pool, {}
-    hook = layer.register_forward_hook(lambda module, inputs, output: caught.update(before=inputs[0], after=output))
-    try:
-        model(torch.from_numpy(waveform)[None].to(next(model.parameters())))
-    finally:
-        hook.remove()
-    nodes = caught["before"]
-    pairs = torch.tanh(layer.pair(nodes[:, :, None] * nodes[:, None])) @ layer.pair_weight
-    attention = (pairs.squeeze(-1) / layer.temperature).softmax(-1)[0]
-    best = pool.gate(caught["after"])[0, :, 0].argsort(descending=True)
-    kept = torch.zeros(len(best), dtype=torch.bool)
-    kept[best[: int(len(best) * pool.share)].cpu()] = True
-    return attention.cpu().numpy(), kept.numpy()
+    aasist = next((module for module in model.modules() if isinstance(module, AASIST)), None)
+    if aasist is None:
+        raise ConfigError(f"temporal_attention: {type(model).__name__} has no temporal graph; expected an AASIST")
+    attention, kept = aasist.attention_over_time(torch.from_numpy(waveform)[None].to(next(model.parameters())))
+    is_kept = torch.zeros(attention.shape[1], dtype=torch.bool)
+    is_kept[kept.flatten().cpu()] = True
+    return attention[0].cpu().numpy(), is_kept.numpy()
 
 
 def project(embeddings: np.ndarray, *, seed: int = 0) -> dict[str, np.ndarray]:

@@ -21,7 +21,6 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import torch
@@ -33,7 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from deepfake_utils.conventions import CROP_SAMPLES
-from deepfake_utils.models import PUBLISHED_NAMES, build_model
+from deepfake_utils.models import PUBLISHED_NAMES, build_model, fast
 from deepfake_utils.scoring.onnx import OnnxScorer, export_onnx
 from deepfake_utils.waveforms.decode import fit_length, read_audio
 
@@ -401,7 +400,7 @@ def count_work(model: nn.Module, waveform: Tensor) -> tuple[float, float]:
     """Floating-point operations and bytes of a forward pass as defined, on whole maps."""
     model = copy.deepcopy(model).requires_grad_(False)  # the counter hooks into gradients where there are any
     counter, moved = FlopCounterMode(display=False), BytesMoved()
-    with torch.no_grad(), mock.patch("torch.jit.is_tracing", return_value=True), counter, moved:
+    with torch.no_grad(), fast.disabled(), counter, moved:
         model(waveform)
     return counter.get_total_flops(), moved.total
 

@@ -1,9 +1,17 @@
 """The arithmetic of AASIST's residual blocks on a processor, tile by tile, with gradients written out.
 
 Maps are (B, channels, frames, bands), channels last in memory, and kernels (channels, channels, 3 frames, 2 bands);
-see `tiling`. What PyTorch's own operations would do is written beside each block in `encoder`, and the tests compare
-both. The gain: a tile's intermediate results stay in cache, no core waits for another inside a block, and little is
-kept for the backward pass.
+see `tiling`. What a block is, `models.encoder` says in PyTorch's own operations, and the tests compare both. The gain:
+a tile's intermediate results stay in cache, no core waits for another inside a block, and little is kept for the
+backward pass. With x = conv1's output, n values a channel, s = sqrt(variance + eps) and hats for the norm's result:
+
+    moments, merged of parts i     n = sum n_i,  mean = sum n_i mean_i / n,
+                                   squares = sum squares_i + sum n_i (mean_i - mean)^2  (Chan et al., 1979)
+    norm                           y = gamma (x - mean) / s + beta = scale x + shift
+    norm, backward                 dbeta = sum dy,  dgamma = sum dy (x - mean) / s,
+                                   dx = scale (dy - dbeta / n - (x - mean) / s dgamma / n)
+                                      = scale dy + slope x + constant
+    pooling                        see `tiling.Pooled`
 """
 
 from __future__ import annotations
@@ -12,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deepfake_utils.models.fast.tiling import Pooled, Span, Tile, empty_map, run_tiles, side_by_side, spans_of, tiles_of
+from deepfake_utils.models.fast.tiling import Pooled, Span, empty_map, map_in_threads, pool_tiles, spans_of
 
 PLACES = tuple((i, j) for i in (0, 1, 2) for j in (0, 1))  # of the values of a patch of 3 frames x 2 bands
 SELU_ALPHA, SELU_SCALE = 1.6732632423543772, 1.0507009873554805  # arXiv 1706.02515, equation 14
@@ -47,26 +55,23 @@ def gradient_of_weight(grad: Tensor, x: Tensor, weight: Tensor, bands_padding: i
     return conv_gradient(grad, x, weight, (0, bands_padding), (False, True, True))[1:]
 
 
-def patches_of(x: Tensor, padding: tuple[int, int]) -> Tensor:
+def patches_of(x: Tensor) -> Tensor:
     """(6, B, frames, bands + 1): the six values under a 3 x 2 kernel at every place, each a map of its own.
 
-    Args:
-        x: (B, 1, frames, bands); a band of zeros is added on either side.
-        padding: frames of zeros to add before and after.
+    x: (B, 1, frames + 2, bands); a band of zeros is added on either side.
     """
-    x = F.pad(x[:, 0], (1, 1, *padding))
+    x = F.pad(x[:, 0], (1, 1))
     n_frames, n_bands = x.shape[1] - 2, x.shape[2] - 1
     return torch.stack([x[:, i : i + n_frames, j : j + n_bands] for i, j in PLACES])
 
 
-def fold_patches(grad: Tensor, padding: tuple[int, int]) -> Tensor:
+def fold_patches(grad: Tensor) -> Tensor:
     """The gradient of `patches_of`'s argument from that of its result."""
     _, batch, n_frames, n_bands = grad.shape
     padded = grad.new_zeros(batch, n_frames + 2, n_bands + 1)
     for (i, j), values in zip(PLACES, grad, strict=True):
         padded[:, i : i + n_frames, j : j + n_bands] += values
-    before, after = padding
-    return padded[:, None, before : n_frames + 2 - after, 1:-1]
+    return padded[:, None, :, 1:-1]
 
 
 class FirstBlockTiles(torch.autograd.Function):
@@ -78,15 +83,15 @@ class FirstBlockTiles(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, *parameters):
-        pooled = run_tiles(FirstBlockTiles.run, x, *parameters, with_winners=True)
+        pooled = pool_tiles(FirstBlockTiles.run, x, *parameters, with_winners=True)
         ctx.save_for_backward(x, pooled.first, pooled.second, *parameters)
         return pooled.largest
 
     @staticmethod
-    def hidden(patches: Tensor, tile: Tile, weight: Tensor, bias: Tensor) -> Tensor:
-        """SELU of conv1, (B, channels, frames, bands + 1)."""
+    def hidden(patches: Tensor, span: Span, weight: Tensor, bias: Tensor) -> Tensor:
+        """SELU of conv1, (B, channels, frames + 2, bands + 1)."""
         hidden = torch.selu_(torch.addmm(bias, patches.flatten(1).T, weight.flatten(1).T))
-        return tile.clear_outside(hidden.view(*patches.shape[1:], -1).permute(0, 3, 1, 2))
+        return span.clear_outside(hidden.view(*patches.shape[1:], -1).permute(0, 3, 1, 2))
 
     @staticmethod
     def shortcut_patches(patches: Tensor) -> Tensor:
@@ -94,49 +99,47 @@ class FirstBlockTiles(torch.autograd.Function):
         return patches[1::2, :, 1:-1, :-1].flatten(1)
 
     @staticmethod
-    def run(part, tile, weight, bias, weight2, bias2, shortcut_weight) -> Tensor:
-        """The tile's output, before pooling."""
-        patches = patches_of(part, tile.padding)
-        hidden = FirstBlockTiles.hidden(patches, tile, weight, bias)
+    def run(span, x, weight, bias, weight2, bias2, shortcut_weight) -> Tensor:
+        """The span's output, before pooling."""
+        patches = patches_of(span.around(x, 2))
+        hidden = FirstBlockTiles.hidden(patches, span, weight, bias)
         out = _rows(F.conv2d(hidden, weight2, bias2)).contiguous()
         seen = FirstBlockTiles.shortcut_patches(patches)
         out.view(-1, out.shape[3]).addmm_(seen.T, shortcut_weight.flatten(1).T)
         return out.permute(0, 3, 1, 2)
 
     @staticmethod
-    def run_backward(part, tile, out_grad, weight, bias, weight2, bias2, shortcut_weight) -> tuple[Tensor, ...]:
-        """Gradients of the part and of every parameter, from that of the tile's output before pooling."""
-        patches = patches_of(part, tile.padding)
-        hidden = FirstBlockTiles.hidden(patches, tile, weight, bias)
+    def run_backward(span, x, out_grad, weight, bias, weight2, bias2, shortcut_weight) -> tuple[Tensor, ...]:
+        """Gradients of `span.around(x, 2)` and of every parameter, from that of the output before pooling."""
+        patches = patches_of(span.around(x, 2))
+        hidden = FirstBlockTiles.hidden(patches, span, weight, bias)
         hidden_grad, weight2_grad, bias2_grad = conv_gradient(out_grad, hidden, weight2, (0, 0), (True, True, True))
-        rows = _rows(tile.clear_outside(selu_backward(hidden_grad, hidden))).flatten(0, 2)
+        rows = _rows(span.clear_outside(selu_backward(hidden_grad, hidden))).flatten(0, 2)
         out_rows = _rows(out_grad).flatten(0, 2)
 
         patch_grad = (rows @ weight.flatten(1)).T.reshape(patches.shape)
         shortcut_grad = (out_rows @ shortcut_weight.flatten(1)).T
         inner = patch_grad[1::2, :, 1:-1, :-1]
         inner += shortcut_grad.reshape(inner.shape)
-        part_grad = fold_patches(patch_grad, tile.padding)
 
         weight_grad = (patches.flatten(1) @ rows).T.reshape(weight.shape)
         seen = FirstBlockTiles.shortcut_patches(patches)
         shortcut_weight_grad = (seen @ out_rows).T.reshape(shortcut_weight.shape)
-        return part_grad, weight_grad, rows.sum(0), weight2_grad, bias2_grad, shortcut_weight_grad
+        return fold_patches(patch_grad), weight_grad, rows.sum(0), weight2_grad, bias2_grad, shortcut_weight_grad
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         x, first, second, *parameters = ctx.saved_tensors
-        pooled, tiles = Pooled(grad.contiguous(memory_format=torch.channels_last), first, second), tiles_of(x)
+        pooled, spans = Pooled(grad.contiguous(memory_format=torch.channels_last), first, second), spans_of(x)
 
-        def run(tile: Tile):
-            part = pooled.of(tile.utterances, slice(tile.start, tile.stop))
-            return FirstBlockTiles.run_backward(tile.cut(x), tile, part.unfill(part.largest), *parameters)
+        def run(span: Span):
+            return FirstBlockTiles.run_backward(span, x, pooled.gradient_around(span, 0), *parameters)
 
         x_grad = torch.zeros_like(x)
         sums = [torch.zeros_like(parameter) for parameter in parameters]
-        for tile, (part_grad, *grads) in zip(tiles, side_by_side(run, tiles), strict=True):
-            tile.cut(x_grad).add_(part_grad)
+        for span, (part_grad, *grads) in zip(spans, map_in_threads(run, spans), strict=True):
+            span.add_around(x_grad, part_grad, 2)
             for total, value in zip(sums, grads, strict=True):
                 total.add_(value)
         return x_grad, *sums
@@ -175,17 +178,16 @@ class PatchMoments(torch.autograd.Function):
         slope = (slope / n_patches).to(x.dtype)
         grads = []
         for part in x.split(1 if x.is_cpu else len(x)):
-            patches = patches_of(part, (1, 1))
+            patches = patches_of(F.pad(part, (0, 0, 1, 1)))
             grad = torch.addmm(constant[:, None], slope, patches.flatten(1)).view_as(patches)
-            grads.append(fold_patches(grad, (1, 1)))
+            grads.append(fold_patches(grad)[:, :, 1:-1])
         return torch.cat(grads)
 
 
-def run_block(part: Tensor, tile: Tile, weight1, bias1, weight2, bias2, *shortcut) -> Tensor:
-    """A tile's output, before pooling, of a residual block whose norm is folded into the first convolution."""
-    if any(tile.padding):
-        part = F.pad(part, (0, 0, *tile.padding))
-    hidden = tile.clear_outside(torch.selu_(F.conv2d(part, weight1, bias1, padding=(0, 1))))
+def run_later(span: Span, x: Tensor, weight1, bias1, weight2, bias2, *shortcut) -> Tensor:
+    """The span's output, before pooling, of a later block whose norm is folded into the first convolution."""
+    part = span.around(x, 2)
+    hidden = span.clear_outside(torch.selu_(F.conv2d(part, weight1, bias1, padding=(0, 1))))
     out = F.conv2d(hidden, weight2, bias2)
     return out.add_(F.conv2d(part[:, :, 1:-1], *shortcut) if shortcut else part[:, :, 2:-2])
 
@@ -194,9 +196,8 @@ class LaterBlockTiles(torch.autograd.Function):
     """A residual block in training: also the batch's mean and variance of what it normalises.
 
     Kept for the backward pass are the input, the first convolution's output, and who won the pooling; SELU of the
-    norm is computed again. Means and variances are merged over tiles (Chan et al., 1979), not added up value by value
-    as PyTorch does on channels-last maps, where the mean of 330,000 values is wrong in the fourth digit and the logits
-    too.
+    norm is computed again. Means and variances are merged over spans, not added up value by value as PyTorch does on
+    channels-last maps, where the mean of 330,000 values is wrong in the fourth digit and the logits too.
     """
 
     @staticmethod
@@ -206,13 +207,13 @@ class LaterBlockTiles(torch.autograd.Function):
         pooled = Pooled.empty(x, len(bias2), x.shape[3], True)
 
         def first_half(span: Span):
-            part = F.conv2d(span.around(x), weight1, bias1, padding=(0, 1))
+            part = F.conv2d(span.around(x, 1), weight1, bias1, padding=(0, 1))
             span.of(pre).copy_(part)
             rows = _rows(part).flatten(0, 2)
             mean = rows.mean(0)
             return len(rows), mean, (rows - mean).square_().sum(0)
 
-        count, mean, squares = merge_moments(side_by_side(first_half, spans))
+        count, mean, squares = merge_moments(map_in_threads(first_half, spans))
         var = squares / count
         inverse_deviation = (var + eps).rsqrt()
         scale = gamma * inverse_deviation
@@ -220,10 +221,10 @@ class LaterBlockTiles(torch.autograd.Function):
 
         def second_half(span: Span):
             part = F.conv2d(activate(span, pre, scale, shift), weight2, bias2)
-            part.add_(F.conv2d(span.around(x), *shortcut) if shortcut else span.of(x))
+            part.add_(F.conv2d(span.around(x, 1), *shortcut) if shortcut else span.of(x))
             pooled.of(span.utterances, span.pooled).fill(part)
 
-        list(side_by_side(second_half, spans))
+        list(map_in_threads(second_half, spans))
         ctx.count = count
         statistics = mean, inverse_deviation, scale, shift
         ctx.save_for_backward(x, pre, pooled.first, pooled.second, *statistics, weight1, weight2, *shortcut)
@@ -240,7 +241,7 @@ class LaterBlockTiles(torch.autograd.Function):
         pooled = Pooled(grad.contiguous(memory_format=torch.channels_last), first, second)
 
         def second_half(span: Span):
-            grad, hidden = gradient_around(span, pooled), activate(span, pre, scale, shift)
+            grad, hidden = pooled.gradient_around(span, 1), activate(span, pre, scale, shift)
             inner, inner_grad = hidden[:, :, 1:-1], grad[:, :, 1:-1]
             part = selu_backward(gradient_of_input(grad, inner, weight2, 0), inner)
             span.of(norm_grad).copy_(part)
@@ -249,24 +250,24 @@ class LaterBlockTiles(torch.autograd.Function):
             sums += gradient_of_weight(inner_grad, hidden, weight2, 0)
             if shortcut:
                 span.of(x_grad).copy_(gradient_of_input(grad, span.of(x), shortcut[0], 0))
-                sums.append(gradient_of_weight(inner_grad, span.around(x), shortcut[0], 0)[0])
+                sums.append(gradient_of_weight(inner_grad, span.around(x, 1), shortcut[0], 0)[0])
             else:
                 span.of(x_grad).copy_(inner_grad)
             return sums
 
-        beta_grad, gamma_grad, *upper = add_up(side_by_side(second_half, spans))
+        beta_grad, gamma_grad, *upper = add_up(map_in_threads(second_half, spans))
         gamma_grad *= inverse_deviation
         slope = -scale * inverse_deviation * gamma_grad / ctx.count
         constant = -scale * beta_grad / ctx.count - slope * mean
 
         def first_half(span: Span):
-            rows = torch.addcmul(constant, _rows(span.around(norm_grad)), scale)
-            grad = rows.addcmul_(_rows(span.around(pre)), slope).permute(0, 3, 1, 2)
+            rows = torch.addcmul(constant, _rows(span.around(norm_grad, 1)), scale)
+            grad = rows.addcmul_(_rows(span.around(pre, 1)), slope).permute(0, 3, 1, 2)
             span.clear_outside(grad)
             span.of(x_grad).add_(gradient_of_input(grad, span.of(x), weight1, 1))
-            return gradient_of_weight(grad[:, :, 1:-1], span.around(x), weight1, 1)
+            return gradient_of_weight(grad[:, :, 1:-1], span.around(x, 1), weight1, 1)
 
-        lower = add_up(side_by_side(first_half, spans))
+        lower = add_up(map_in_threads(first_half, spans))
         return x_grad, *lower, gamma_grad, beta_grad, None, *upper
 
 
@@ -277,19 +278,9 @@ def _products(left: Tensor, right: Tensor) -> Tensor:
     return torch.bmm(left.flatten(2), right.flatten(2).transpose(1, 2)).sum(0)
 
 
-def gradient_around(span: Span, pooled: Pooled) -> Tensor:
-    """Gradient of the span's frames before pooling and of one on either side, zero where none was pooled."""
-    frames = slice(max(span.pooled.start - 1, 0), min(span.pooled.stop + 1, pooled.largest.shape[2]))
-    part = pooled.of(span.utterances, frames)
-    grad = part.unfill(part.largest)
-    start, stop = span.start - 1 - 3 * frames.start, span.stop + 1 - 3 * frames.start
-    grad, missing = grad[:, :, max(start, 0) : stop], stop - grad.shape[2]
-    return F.pad(grad, (0, 0, max(-start, 0), max(missing, 0))) if start < 0 or missing > 0 else grad
-
-
 def activate(span: Span, pre: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """SELU(scale * pre + shift) of the span and a frame on either side, zero outside of the map."""
-    hidden = torch.selu_(torch.addcmul(shift, _rows(span.around(pre)), scale)).permute(0, 3, 1, 2)
+    hidden = torch.selu_(torch.addcmul(shift, _rows(span.around(pre, 1)), scale)).permute(0, 3, 1, 2)
     return span.clear_outside(hidden)
 
 

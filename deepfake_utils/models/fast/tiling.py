@@ -3,9 +3,9 @@
 Maps are (B, channels, frames, bands) here, channels last in memory: a run of frames is one piece of memory, which
 operations read where it is, where a run of frames of a (B, channels, bands, frames) map would be copied first.
 
-A tile's intermediate results fit in a core's cache, so that they never travel to memory, and each core works
-through tiles of its own: one meeting of the cores a block, not one an operation, which matters most where other
-programs share the machine.
+A tile's intermediate results fit in a core's cache, so that they never travel to memory, and each core takes the
+next tile when it has done one: one meeting of the cores a block, not one an operation, which matters most where
+other programs share the machine.
 """
 
 from __future__ import annotations
@@ -23,52 +23,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 TILE_FRAMES = 1023  # a multiple of 3; of one utterance with 24 bands and 32 channels: 3.1 MB
-HALO_FRAMES = 2  # an output frame of a block depends on its own three input frames and two on either side
-
-
-class Tile(NamedTuple):
-    """Some output frames of a block, for some utterances of a batch; the block keeps 1 frame in 3."""
-
-    utterances: slice
-    start: int
-    stop: int
-    n_frames: int  # of the block's input
-
-    def cut(self, x: Tensor) -> Tensor:
-        """The frames of the block's input that the tile depends on, without those outside of the map."""
-        return x[self.utterances, :, max(3 * self.start - HALO_FRAMES, 0) : 3 * self.stop + HALO_FRAMES]
-
-    @property
-    def padding(self) -> tuple[int, int]:
-        """How many of the frames it depends on lie before and after the map."""
-        return max(HALO_FRAMES - 3 * self.start, 0), max(3 * self.stop + HALO_FRAMES - self.n_frames, 0)
-
-    def clear_outside(self, hidden: Tensor) -> Tensor:
-        """Set to zero, in place, those of the frames [3 start - 1, 3 stop + 1) that lie outside of the map."""
-        if self.start == 0:
-            hidden[:, :, :1] = 0
-        if 3 * self.stop == self.n_frames:
-            hidden[:, :, -1:] = 0
-        return hidden
-
-
-def tiles_of(x: Tensor) -> list[Tile]:
-    """Cut the work of a block on x (B, channels, frames, bands) into tiles of about TILE_FRAMES input frames."""
-    n_frames = x.shape[2]
-    n_out, length = n_frames // 3, TILE_FRAMES // 3
-    at_once = max(TILE_FRAMES // n_frames, 1)
-    return [
-        Tile(slice(first, first + at_once), start, min(start + length, n_out), n_frames)
-        for first in range(0, len(x), at_once)
-        for start in range(0, n_out, length)
-    ]
 
 
 class Span(NamedTuple):
-    """Some frames of a map, for some utterances of a batch."""
+    """Some frames of a block's input, for some utterances of a batch."""
 
     utterances: slice
-    start: int
+    start: int  # a multiple of 3: pooling by 3 begins anew
     stop: int
     n_frames: int  # of the map
 
@@ -76,24 +37,34 @@ class Span(NamedTuple):
         """These frames of x, a view."""
         return x[self.utterances, :, self.start : self.stop]
 
-    def around(self, x: Tensor) -> Tensor:
-        """These frames of x and one on either side, of zeros where the map has ended."""
-        part = x[self.utterances, :, max(self.start - 1, 0) : self.stop + 1]
-        padding = int(self.start == 0), int(self.stop == self.n_frames)
+    def around(self, x: Tensor, halo: int) -> Tensor:
+        """These frames of x and `halo` on either side, of zeros where the map has ended."""
+        part = x[self.utterances, :, max(self.start - halo, 0) : self.stop + halo]
+        padding = self._outside(halo)
         return F.pad(part, (0, 0, *padding)) if any(padding) else part
+
+    def add_around(self, x: Tensor, part: Tensor, halo: int) -> None:
+        """Add to x what `around` would have given, the frames outside of the map left out."""
+        before, after = self._outside(halo)
+        inside = part[:, :, before : part.shape[2] - after]
+        x[self.utterances, :, max(self.start - halo, 0) : self.stop + halo] += inside
+
+    def clear_outside(self, part: Tensor) -> Tensor:
+        """Set to zero, in place, the frames of `around(x, 1)` that lie outside of the map."""
+        if self.start == 0:
+            part[:, :, :1] = 0
+        if self.stop == self.n_frames:
+            part[:, :, -1:] = 0
+        return part
 
     @property
     def pooled(self) -> slice:
         """The frames that pooling by 3 makes of these; the last one or two of a map may be left over."""
         return slice(self.start // 3, min(self.stop, self.n_frames // 3 * 3) // 3)
 
-    def clear_outside(self, part: Tensor) -> Tensor:
-        """Set to zero, in place, the frames of `around` that lie outside of the map."""
-        if self.start == 0:
-            part[:, :, :1] = 0
-        if self.stop == self.n_frames:
-            part[:, :, -1:] = 0
-        return part
+    def _outside(self, halo: int) -> tuple[int, int]:
+        """How many of the frames of `around` lie before and after the map."""
+        return max(halo - self.start, 0), max(self.stop + halo - self.n_frames, 0)
 
 
 def spans_of(x: Tensor) -> list[Span]:
@@ -114,7 +85,12 @@ def empty_map(x: Tensor, channels: int, bands: int, frames: int | None = None, d
 
 
 class Pooled(NamedTuple):
-    """The largest of every 3 frames, and which it was, for the backward pass: a byte and not an index of eight."""
+    """The largest of every 3 frames, and which it was, for the backward pass: a byte and not an index of eight.
+
+    out = max(x0, x1, x2); where several are the largest, the first of them wins:
+
+        dx0 = dout [x0 = out]        dx1 = dout [x1 = out and x0 < out]        dx2 = dout - dx0 - dx1
+    """
 
     largest: Tensor  # (B, channels, frames // 3, bands)
     first: Tensor | None = None  # bool: the first of the three is the largest
@@ -153,23 +129,34 @@ class Pooled(NamedTuple):
         torch.sub(grad, first, out=third).sub_(second)
         return whole.flatten(1, 2).permute(0, 3, 1, 2)
 
+    def gradient_around(self, span: Span, halo: int) -> Tensor:
+        """Gradient of the span's frames before pooling and of `halo` on either side, zero where none was pooled.
 
-def run_tiles(run: Callable[..., Tensor], x: Tensor, *parameters: Tensor, with_winners: bool = False) -> Pooled:
-    """Pool what `run(tile.cut(x), tile, *parameters)` returns, for all tiles of x.
+        `largest` holds the gradient of the pooled frames here.
+        """
+        frames = slice(max(span.pooled.start - halo, 0), min(span.pooled.stop + halo, self.largest.shape[2]))
+        part = self.of(span.utterances, frames)
+        grad = part.unfill(part.largest)
+        start, stop = span.start - halo - 3 * frames.start, span.stop + halo - 3 * frames.start
+        grad, missing = grad[:, :, max(start, 0) : stop], stop - grad.shape[2]
+        return F.pad(grad, (0, 0, max(-start, 0), max(missing, 0))) if start < 0 or missing > 0 else grad
+
+
+def pool_tiles(run: Callable[..., Tensor], x: Tensor, *parameters: Tensor, with_winners: bool = False) -> Pooled:
+    """Pool what `run(span, x, *parameters)` returns for all spans of x.
 
     The first parameter is a weight with as many rows as the result has channels.
     """
     pooled = Pooled.empty(x, len(parameters[0]), x.shape[3], with_winners)
 
-    def run_one(tile: Tile) -> None:
-        pooled.of(tile.utterances, slice(tile.start, tile.stop)).fill(run(tile.cut(x), tile, *parameters))
+    def run_one(span: Span) -> None:
+        pooled.of(span.utterances, span.pooled).fill(run(span, x, *parameters))
 
-    for _ in side_by_side(run_one, tiles_of(x)):
-        pass
+    list(map_in_threads(run_one, spans_of(x)))
     return pooled
 
 
-def side_by_side(function: Callable[[Any], Any], items: list) -> Iterable[Any]:
+def map_in_threads(function: Callable[[Any], Any], items: list) -> Iterable[Any]:
     """`map`, without gradient and in single precision, on as many threads as PyTorch uses for one operation.
 
     Results come in order and do not depend on the number of threads.
