@@ -1,10 +1,19 @@
-"""Scores: a trained countermeasure over a protocol or over any recordings. Higher means more bona fide."""
+"""Scores: a trained countermeasure over a protocol or over any recordings. Higher means more bona fide.
+
+Everything that scores goes through `score_crops`: recordings are decoded ahead by a thread, to float32 and never
+rounded to 16 bits, and the model computes in float32 on batches of one length.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -12,17 +21,109 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from deepfake_utils.conventions import BONAFIDE, CROP_SAMPLES, SAMPLE_RATE_HZ, SPOOF, AudioError, ScoreError
+from deepfake_utils.conventions import (
+    AUDIO_SUFFIXES,
+    BONAFIDE,
+    CROP_SAMPLES,
+    SAMPLE_RATE_HZ,
+    SPOOF,
+    AudioError,
+    ScoreError,
+)
 from deepfake_utils.machine import pick_device
+from deepfake_utils.models.layers import CMOutput
+from deepfake_utils.models.losses import WeightedCrossEntropy
+from deepfake_utils.scoring.weights import is_untrained
 from deepfake_utils.waveforms import decode as audio
-from deepfake_utils.waveforms import open_source
 from deepfake_utils.waveforms.batches import eval_batches
 
-SCORE_KIND = "logit of bona fide, higher is more bona fide"
+SCORE_KIND = WeightedCrossEntropy.score_kind
 SCORING_BATCH = 16  # utterances
+_END = object()
+
+
+def score_crops(
+    model: Callable[[torch.Tensor], CMOutput],
+    items: Iterable[tuple[object, np.ndarray | None]],
+    *,
+    batch_size: int = SCORING_BATCH,
+    device: torch.device | str = "cpu",
+) -> Iterator[tuple[object, np.ndarray | None]]:
+    """The one scoring loop: things with a waveform each -> the same things with their logits, in order.
+
+    Args:
+        model: a countermeasure, or anything that maps (B, T) waveforms to a `CMOutput`.
+        items: pairs (thing, waveform (T,)), made ahead of the model by a thread; (thing, None) comes out again in its
+            place, so that ends and errors can travel with the waveforms.
+        batch_size: waveforms a batch; a batch is cut short only at the end.
+
+    Yields:
+        (thing, logits (2,) float64), or (thing, None).
+    """
+    waiting, crops = [], []
+
+    def scored() -> Iterator[tuple[object, np.ndarray | None]]:
+        logits = iter(
+            forward(model, torch.from_numpy(np.stack(crops)), device).logits.double().numpy() if crops else ()
+        )
+        for thing, has_waveform in waiting:
+            yield thing, next(logits) if has_waveform else None
+        waiting.clear()
+        crops.clear()
+
+    with closing(made_ahead(iter(items), 2 * batch_size)) as ahead:
+        for thing, waveform in ahead:
+            waiting.append((thing, waveform is not None))
+            if waveform is not None:
+                crops.append(waveform)
+            if len(crops) == batch_size:
+                yield from scored()
+        yield from scored()
 
 
 @torch.no_grad()
+def forward(model: Callable, waveform: torch.Tensor, device: torch.device | str) -> CMOutput:
+    """One batch (B, T) through the model on `device`; its output in float32 in host memory."""
+    output = model(waveform.to(device))
+    return CMOutput(output.logits.float().cpu(), output.embedding.float().cpu())
+
+
+def made_ahead(items: Iterator, depth: int) -> Iterator:
+    """Yield the items in order while a thread makes up to `depth` of the following ones."""
+    pool = ThreadPoolExecutor(1)
+    try:
+        under_way = deque(pool.submit(next, items, _END) for _ in range(depth))
+        while (item := under_way.popleft().result()) is not _END:
+            under_way.append(pool.submit(next, items, _END))
+            yield item
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def evaluating(model: Callable, device: str = "auto") -> Iterator[torch.device]:
+    """A model ready to score, on its device, for the length of a block; afterwards it is in its mode of before.
+
+    Anything but an `nn.Module` is left as it is and computes on the CPU. Warns of weights that were never trained.
+    """
+    if not isinstance(model, nn.Module):
+        yield torch.device("cpu")
+        return
+    if is_untrained(model):
+        warnings.warn(
+            "this model has fresh, untrained weights: its scores mean nothing; give load_model a weights file, or the "
+            'name of published ones: load_model(weights="aasist")',
+            stacklevel=4,
+        )
+    torch_device = pick_device(device).device
+    was_training = model.training
+    model.to(torch_device).eval()
+    try:
+        yield torch_device
+    finally:
+        model.train(was_training)
+
+
 def compute_outputs(
     model: nn.Module,
     source,
@@ -39,6 +140,7 @@ def compute_outputs(
         model: a countermeasure; its mode is restored afterwards.
         source: from `waveforms.open_source`.
         n_samples: evaluated length; longer clips are cut, shorter ones repeated.
+        device: where to compute; None is where the model is.
         with_embeddings: also return the (N, D) embeddings.
         progress: label of the progress bar, None for no bar.
 
@@ -52,10 +154,10 @@ def compute_outputs(
     bar = tqdm(total=len(source), desc=progress, unit="utt", disable=progress is None, leave=False)
     try:
         for batch in eval_batches(source, batch_size=batch_size, n_samples=n_samples, device=device):
-            output = model(batch.waveform)
-            logits.append(output.logits.float().cpu())
+            output = forward(model, batch.waveform, device)
+            logits.append(output.logits)
             if with_embeddings:
-                embeddings.append(output.embedding.float().cpu())
+                embeddings.append(output.embedding)
             bar.update(len(batch.index))
     finally:
         bar.close()
@@ -73,12 +175,12 @@ def score_protocol(
     device: str = "auto",
     progress: str | None = "scoring",
 ) -> pd.DataFrame:
-    """Score every trial of a protocol.
+    """Score every trial of a protocol on its first `n_samples`, as the corpora's published scores are computed.
 
     Args:
-        model: a countermeasure, as `load_model` gives it; moved to the device.
+        model: a countermeasure, as `load_model` gives it; moved to the device, its mode restored afterwards.
         protocol: trials with the columns of `conventions.PROTOCOL_COLUMNS`.
-        source: waveforms already opened for these rows, else they are opened here.
+        source: waveforms already opened for these rows (a store rounds them to 16 bits), else they are decoded here.
         device: "auto", "cpu" or "cuda".
 
     Returns:
@@ -90,14 +192,21 @@ def score_protocol(
 
     >>> from deepfake_utils import find_corpora, load_model, score_protocol  # doctest: +SKIP
     >>> trials = find_corpora("data")[0].protocol("eval")  # doctest: +SKIP
-    >>> scores = score_protocol(load_model("aasist", weights="AASIST.pth"), trials)  # doctest: +SKIP
+    >>> scores = score_protocol(load_model(weights="aasist"), trials)  # doctest: +SKIP
     """
-    torch_device = pick_device(device).device
-    source = source if source is not None else open_source(protocol, kind="files")
-    logits, _ = compute_outputs(
-        model.to(torch_device), source,
-        n_samples=n_samples, batch_size=batch_size, device=torch_device, progress=progress,
-    )  # fmt: skip
+    with evaluating(model, device) as torch_device:
+        if source is not None:
+            logits, _ = compute_outputs(
+                model, source, n_samples=n_samples, batch_size=batch_size, device=torch_device, progress=progress
+            )
+        else:
+            paths = [Path(path) for path in protocol["path"]]
+            rows = list(_scored_files(model, paths, n_samples, batch_size, torch_device, progress))
+            unreadable = [(row.problem, utterance) for row, utterance in zip(rows, protocol["utterance"], strict=True)]
+            for problem, utterance in unreadable:
+                if problem:
+                    raise AudioError(f"utterance {utterance}: {problem}")
+            logits = np.array([row.logits for row in rows]).reshape(-1, 2)
     return _refuse_non_finite(score_frame(protocol["utterance"], logits), "utterance")
 
 
@@ -110,19 +219,21 @@ def score_frame(utterances: pd.Series, logits: np.ndarray) -> pd.DataFrame:
 
 def score_files(
     paths: str | os.PathLike | Iterable[str | os.PathLike],
-    model: nn.Module,
+    model: Callable[[torch.Tensor], CMOutput],
     *,
     n_samples: int = CROP_SAMPLES,
     batch_size: int = SCORING_BATCH,
     device: str = "auto",
     progress: str | None = "scoring",
 ) -> pd.DataFrame:
-    """Score recordings of any format the decoders read; an unreadable one does not stop the others.
+    """Score the first `n_samples` of recordings of any format; an unreadable one does not stop the others.
+
+    This is what corpora's protocols ask for. To have whole recordings looked at, use a `Detector`.
 
     Args:
         paths: audio files and folders (searched through for audio files).
         model: a countermeasure, as `load_model` gives it, or anything that maps (B, T) waveforms to a
-            `CMOutput`, such as `export.OnnxScorer`.
+            `CMOutput`, such as `onnx.OnnxScorer`.
         n_samples: evaluated length; longer clips are cut, shorter ones repeated.
 
     Returns:
@@ -142,33 +253,39 @@ def score_files(
     ['path', 'score', 'logit_spoof', 'logit_bonafide', 'duration_s']
     """
     files = find_audio(paths)
-    torch_device = torch.device("cpu")
-    if isinstance(model, nn.Module):
-        torch_device = pick_device(device).device
-        model.to(torch_device).eval()
-    read, logits, unreadable = [], [], {}
-    bar = tqdm(total=len(files), desc=progress, unit="file", disable=progress is None, leave=False)
-    for start in range(0, len(files), batch_size):
-        clips = []
-        for path in files[start : start + batch_size]:
+    with evaluating(model, device) as torch_device:
+        rows = list(_scored_files(model, files, n_samples, batch_size, torch_device, progress))
+    read = [row for row in rows if not row.problem]
+    scores = _score_columns(np.array([row.logits for row in read]).reshape(-1, 2))
+    scores.insert(0, "path", [str(row.path) for row in read])
+    scores["duration_s"] = [row.duration_s for row in read]
+    scores.attrs["unreadable"] = {str(row.path): row.problem for row in rows if row.problem}
+    return _refuse_non_finite(scores, "path")
+
+
+class _ScoredFile(NamedTuple):
+    path: Path
+    duration_s: float = 0.0
+    problem: str = ""
+    logits: np.ndarray | None = None
+
+
+def _scored_files(model, paths, n_samples, batch_size, device, progress) -> Iterator[_ScoredFile]:
+    """The recordings in order, each with the logits of its first `n_samples` or with what is wrong with it."""
+
+    def first_crops() -> Iterator[tuple[_ScoredFile, np.ndarray | None]]:
+        for path in paths:
             try:
                 waveform = audio.read_audio(path)
             except AudioError as error:
-                unreadable[str(path)] = str(error)
-                continue
-            read.append({"path": str(path), "duration_s": len(waveform) / SAMPLE_RATE_HZ})
-            clips.append(audio.fit_length(waveform, n_samples))
-        if clips:
-            with torch.no_grad():
-                output = model(torch.from_numpy(np.stack(clips)).to(torch_device))
-            logits.append(output.logits.float().cpu().numpy())
-        bar.update(min(batch_size, len(files) - start))
-    bar.close()
-    columns = ["path", "score", "logit_spoof", "logit_bonafide", "duration_s"]
-    scores = pd.DataFrame(read, columns=["path", "duration_s"])
-    scores = scores.join(_score_columns(np.concatenate(logits) if logits else np.zeros((0, 2))))[columns]
-    scores.attrs["unreadable"] = unreadable
-    return _refuse_non_finite(scores, "path")
+                yield _ScoredFile(path, problem=str(error)), None
+            else:
+                yield _ScoredFile(path, len(waveform) / SAMPLE_RATE_HZ), audio.fit_length(waveform, n_samples)
+
+    with tqdm(total=len(paths), desc=progress, unit="file", disable=progress is None, leave=False) as bar:
+        for file, logits in score_crops(model, first_crops(), batch_size=batch_size, device=device):
+            bar.update()
+            yield file._replace(logits=logits)
 
 
 def find_audio(paths: str | os.PathLike | Iterable[str | os.PathLike]) -> list[Path]:
@@ -181,15 +298,14 @@ def find_audio(paths: str | os.PathLike | Iterable[str | os.PathLike]) -> list[P
     found: list[Path] = []
     for path in map(Path, given):
         if path.is_dir():
-            found += sorted(p for p in path.rglob("*") if p.suffix.lower() in audio.AUDIO_SUFFIXES and p.is_file())
+            found += sorted(p for p in path.rglob("*") if p.suffix.lower() in AUDIO_SUFFIXES and p.is_file())
         elif path.exists():
             found.append(path)
         else:
             raise AudioError(f"{path} does not exist: expected an audio file or a folder of audio files")
     if not found:
         raise AudioError(
-            f"no audio file in {', '.join(map(str, given)) or 'an empty list'}: "
-            f"looked for {', '.join(audio.AUDIO_SUFFIXES)}"
+            f"no audio file in {', '.join(map(str, given)) or 'an empty list'}: looked for {', '.join(AUDIO_SUFFIXES)}"
         )
     return list(dict.fromkeys(found))
 

@@ -1,0 +1,91 @@
+"""Cut a recording into overlapping windows that hold speech, as its samples arrive.
+
+    samples   0                                        n
+    windows   |------ 64,600 ------|                          a new one every 32,300 samples (2.02 s)
+                         |------ 64,600 ------|
+                                  |------ 64,600 ------|      and one that ends with the recording
+
+A window is judged where it holds at least a second of speech; the others cost nothing but the search for speech.
+Memory does not grow with the recording: the last window's samples are kept, and a flag for each 32 ms of them.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from deepfake_utils.conventions import CROP_SAMPLES, SAMPLE_RATE_HZ
+from deepfake_utils.scoring.speech import FRAME_SAMPLES, SpeechFinder
+from deepfake_utils.waveforms.decode import fit_length
+
+HOP_SAMPLES = CROP_SAMPLES // 2
+MIN_SPEECH_S = 1.0  # of speech in a window, to judge it
+MIN_TAIL_S = 0.25  # a shorter rest after the last whole window gets none of its own
+
+
+class Window(NamedTuple):
+    """A stretch of a recording that holds speech; `waveform` is (64600,), a shorter stretch repeated."""
+
+    start_s: float
+    end_s: float
+    speech_s: float
+    waveform: np.ndarray
+
+
+class WindowCutter:
+    """Gives the windows to be judged in a recording that arrives in chunks of any size.
+
+    Attributes:
+        n_samples: samples that have arrived.
+        speech_s: speech found in them, in seconds.
+        judged_s: how much of the recording the windows given so far cover, in seconds.
+        by_loudness: whether speech was looked for by loudness alone.
+    """
+
+    def __init__(self):
+        self._finder = SpeechFinder()
+        self.by_loudness = self._finder.is_fallback
+        self._kept = np.zeros(0, np.float32)  # the last samples, at most a window and a hop
+        self._speech_ends: deque[int] = deque()  # of each frame of speech in them, the sample after its last
+        self._n_frames, self._next_start, self._judged_until = 0, 0, 0
+        self.n_samples, self.speech_s, self.judged_s = 0, 0.0, 0.0
+
+    def push(self, samples: np.ndarray) -> Iterator[Window]:
+        """16 kHz float32 samples (n,) -> the windows they complete."""
+        for start in range(0, len(samples), HOP_SAMPLES):
+            chunk = samples[start : start + HOP_SAMPLES]
+            self._kept = np.concatenate([self._kept[-CROP_SAMPLES:], chunk])
+            self.n_samples += len(chunk)
+            self._count(self._finder.push(chunk))
+            while self._next_start + CROP_SAMPLES <= self.n_samples:
+                yield from self._window(self._next_start, self._next_start + CROP_SAMPLES)
+                self._next_start += HOP_SAMPLES
+
+    def finish(self) -> Iterator[Window]:
+        """The window that ends with the recording, where the others leave some of it out."""
+        self._count(self._finder.finish())
+        covered = self._next_start - HOP_SAMPLES + CROP_SAMPLES if self._next_start else 0
+        if self.n_samples - covered >= (MIN_TAIL_S * SAMPLE_RATE_HZ if covered else 1):
+            yield from self._window(max(0, self.n_samples - CROP_SAMPLES), self.n_samples)
+
+    def _count(self, flags: np.ndarray) -> None:
+        ends = np.minimum((self._n_frames + 1 + np.flatnonzero(flags)) * FRAME_SAMPLES, self.n_samples)
+        self._n_frames += len(flags)
+        self._speech_ends.extend(ends.tolist())
+        self.speech_s += len(ends) * FRAME_SAMPLES / SAMPLE_RATE_HZ
+        while self._speech_ends and self._speech_ends[0] <= self.n_samples - CROP_SAMPLES - HOP_SAMPLES:
+            self._speech_ends.popleft()
+
+    def _window(self, start: int, stop: int) -> Iterator[Window]:
+        n_frames = sum(start < end <= stop for end in self._speech_ends)
+        speech_s = n_frames * FRAME_SAMPLES / SAMPLE_RATE_HZ
+        if speech_s < MIN_SPEECH_S:
+            return
+        kept_from = self.n_samples - len(self._kept)
+        samples = self._kept[start - kept_from : stop - kept_from]
+        self.judged_s += (stop - max(start, self._judged_until)) / SAMPLE_RATE_HZ
+        self._judged_until = stop
+        yield Window(start / SAMPLE_RATE_HZ, stop / SAMPLE_RATE_HZ, speech_s, fit_length(samples, CROP_SAMPLES))
