@@ -9,6 +9,7 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _HOME = {
+    "Detector": "deepfake_utils.scoring.detector",
     "find_corpora": "deepfake_utils.corpora",
     "load_model": "deepfake_utils.scoring.weights",
     "score_files": "deepfake_utils.scoring.score",

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 import os
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -23,17 +22,18 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy.special import expit
-from torch import nn
+from tqdm.auto import tqdm
 
 from deepfake_utils.conventions import BONAFIDE, SAMPLE_RATE_HZ, SPOOF, AudioError, CheckpointError, ConfigError
 from deepfake_utils.evaluation.calibration import PRESETS, Use, threshold_for
-from deepfake_utils.machine import pick_device
+from deepfake_utils.scoring.engine import pick_engine
 from deepfake_utils.scoring.published import PUBLISHED
 from deepfake_utils.scoring.score import SCORING_BATCH, find_audio, score_crops
 from deepfake_utils.scoring.speech import FALLBACK
-from deepfake_utils.scoring.weights import load_model, read_companion, score_kind, weights_file
-from deepfake_utils.scoring.windows import MIN_SPEECH_S, WindowCutter
-from deepfake_utils.waveforms import decode as audio
+from deepfake_utils.scoring.stream import Stream
+from deepfake_utils.scoring.weights import read_companion, weights_file
+from deepfake_utils.scoring.windows import MIN_SPEECH_S, Window, WindowCutter
+from deepfake_utils.waveforms.blocks import iter_audio
 
 SHIPPED = Path(__file__).parents[1] / "assets" / "open.safetensors"
 LOG_ODDS = "log-odds of real speech (natural logarithm, at even odds), higher is more real"
@@ -197,8 +197,6 @@ class Detector:
         facts = {"weights": name or ("shipped" if weights is None else str(weights)), **read_companion(path)}
         if name:
             facts["trained_on"] = PUBLISHED[name].trained_on
-        from deepfake_utils.scoring.engine import pick_engine
-
         computes, torch_device, engine, described = pick_engine(path, model, device)
         return cls(computes, described | facts, use=use, device=torch_device, engine=engine)
 
@@ -241,8 +239,6 @@ class Detector:
         Raises:
             AudioError: a path does not exist, or no audio file is found at all.
         """
-        from tqdm.auto import tqdm
-
         files = find_audio(paths)
         with closing(self.verdicts(files)) as verdicts:
             bar = tqdm(verdicts, progress, len(files), unit="file", disable=progress is None, leave=False)
@@ -257,7 +253,7 @@ class Detector:
             for path in paths:
                 cutter = WindowCutter()
                 try:
-                    for block in _blocks(path):
+                    for block in iter_audio(path):
                         yield from ((window, window.waveform) for window in cutter.push(block))
                     yield from ((window, window.waveform) for window in cutter.finish())
                 except AudioError as error:
@@ -277,17 +273,15 @@ class Detector:
                 path, cutter = thing
                 yield self.sum_up(windows, cutter, str(path))
 
-    def stream(self, sample_rate_hz: int):
+    def stream(self, sample_rate_hz: int) -> Stream:
         """Live audio: push chunks of any size, get the windows they complete; see `Stream`.
 
         >>> stream = detector.stream(8000)  # doctest: +SKIP
         >>> for window in stream.push(chunk): print(window.end_s, window.log_odds)  # doctest: +SKIP
         """
-        from deepfake_utils.scoring.stream import Stream
-
         return Stream(self, sample_rate_hz)
 
-    def judge(self, window, logits: np.ndarray) -> Judged:
+    def judge(self, window: Window, logits: np.ndarray) -> Judged:
         """One window with its logits (2,)."""
         spoof, bonafide = float(logits[SPOOF]), float(logits[BONAFIDE])
         scale = self._calibration
@@ -338,13 +332,14 @@ class Detector:
 
     def _warnings(self, cutter: WindowCutter) -> tuple[str, ...]:
         notes = [FALLBACK] if cutter.by_loudness else []
-        if "demo" in str(self.facts.get("trained_on", "")).lower():
+        origin = self.facts.get("trained_on")
+        if isinstance(origin, dict) and origin.get("synthetic_demo"):
             notes.append("these weights were trained on the synthetic demo corpus: they know nothing of real voices")
         return tuple(notes)
 
 
 def stretches(windows: Iterable[Judged], below: float) -> list[tuple[float, float]]:
-    """(start_s, end_s) of the parts of a recording whose windows have log-odds below a bound, joined where they meet."""
+    """(start_s, end_s) of parts of a recording whose windows have log-odds below a bound, joined where they touch."""
     found: list[tuple[float, float]] = []
     for window in windows:
         if window.log_odds is None or window.log_odds >= below:
@@ -379,8 +374,3 @@ def _no_speech(speech_s: float, duration_s: float) -> str:
     if speech_s == 0:
         return "no speech was found in it: silence, noise, or music without voices"
     return f"{speech_s:.1f} s of speech were found, nowhere {MIN_SPEECH_S:g} s of it within 4 s, which a verdict needs"
-
-
-def _blocks(path: Path) -> Iterator[np.ndarray]:
-    """The recording as 16 kHz float32 blocks."""
-    yield audio.read_audio(path)

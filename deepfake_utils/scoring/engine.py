@@ -21,7 +21,7 @@ TOLERANCE = 1e-3  # of a logit, between the two engines
 
 
 class CheckedOnnx:
-    """An exported model that is compared with PyTorch on the first batch it meets, and replaced by it if they differ."""
+    """An exported model, compared with PyTorch on the first batch it meets and replaced by it if they differ."""
 
     def __init__(self, scorer: Callable, model: nn.Module):
         self._scorer, self._model = scorer, model
@@ -41,7 +41,7 @@ class CheckedOnnx:
 
 
 def pick_engine(path: Path, name: str | None, device: str) -> tuple[Callable, torch.device, str, dict]:
-    """Weights ready to score on the fastest engine here: the callable, its device, its description, what it computes."""
+    """Weights on the fastest engine here: the callable, its device, its description, and what its scores are."""
     if path.suffix == ".onnx":
         from deepfake_utils.scoring.onnx import OnnxScorer
 

@@ -8,7 +8,8 @@ import torch
 from deepfake_utils.conventions import AudioError
 from deepfake_utils.scoring.score import forward
 from deepfake_utils.scoring.windows import WindowCutter
-from deepfake_utils.waveforms import decode as audio
+from deepfake_utils.waveforms.blocks import BlockResampler
+from deepfake_utils.waveforms.decode import MAX_RATE_HZ, MIN_RATE_HZ, from_int16
 
 
 class Stream:
@@ -23,21 +24,24 @@ class Stream:
 
     def __init__(self, detector, sample_rate_hz: int):
         self.windows = []
-        self._detector, self._rate_hz = detector, sample_rate_hz
-        self._cutter = WindowCutter()
+        self._detector, self._cutter = detector, WindowCutter()
+        self._resampler = BlockResampler(_checked_rate(sample_rate_hz))
 
     def push(self, samples: np.ndarray) -> list:
         """Samples (n,) or (n, channels), float in [-1, 1] or int16 -> the windows they complete, judged."""
-        return self._judged(self._cutter.push(audio.resample(_mono(samples), self._rate_hz).astype(np.float32)))
+        return self._take(self._resampler.push(_mono(samples)))
 
     def finish(self) -> list:
         """The end: the window that ends with the recording, where the others leave some of it out."""
-        return self._judged(self._cutter.finish())
+        return self._take(self._resampler.finish()) + self._judged(self._cutter.finish())
 
     @property
     def verdict(self):
         """The verdict on what has arrived so far."""
         return self._detector.sum_up(self.windows, self._cutter, None)
+
+    def _take(self, samples: np.ndarray) -> list:
+        return self._judged(self._cutter.push(np.clip(samples, -1.0, 1.0).astype(np.float32)))
 
     def _judged(self, windows) -> list:
         found = []
@@ -48,10 +52,16 @@ class Stream:
         return found
 
 
+def _checked_rate(rate_hz: int) -> int:
+    if rate_hz != int(rate_hz) or not MIN_RATE_HZ <= rate_hz <= MAX_RATE_HZ:
+        raise AudioError(f"sample_rate_hz is {rate_hz}: expected a whole number from {MIN_RATE_HZ} to {MAX_RATE_HZ}")
+    return int(rate_hz)
+
+
 def _mono(samples) -> np.ndarray:
     samples = np.asarray(samples)
     if samples.dtype == np.int16:
-        samples = audio.from_int16(samples)
+        samples = from_int16(samples)
     if not np.issubdtype(samples.dtype, np.floating) or samples.ndim not in (1, 2):
         raise AudioError(
             f"samples of type {samples.dtype} and shape {samples.shape}: expected float in [-1, 1] or int16, "

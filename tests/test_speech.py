@@ -1,0 +1,61 @@
+"""Finding speech: real speech is found, what is none is not, and chunk sizes do not matter."""
+
+import numpy as np
+import pytest
+import soundfile
+
+from deepfake_utils.scoring.speech import FRAME_SAMPLES, SpeechFinder
+
+SECONDS = 6
+
+
+def flags(samples, *cuts) -> np.ndarray:
+    finder = SpeechFinder()
+    parts = [finder.push(part.astype(np.float32)) for part in np.split(samples, cuts)]
+    return np.concatenate([*parts, finder.finish()])
+
+
+def coloured(exponent: float) -> np.ndarray:
+    """Noise whose power falls with frequency to the power of `exponent`, RMS 0.1."""
+    spectrum = np.fft.rfft(np.random.default_rng(0).normal(size=SECONDS * 16_000))
+    spectrum[1:] /= np.arange(1, len(spectrum)) ** (exponent / 2)
+    noise = np.fft.irfft(spectrum)
+    return 0.1 * noise / noise.std()
+
+
+def plucked() -> np.ndarray:
+    """A tune on plucked strings (K. Karplus and A. Strong, Computer Music Journal 7, 1983)."""
+    rng, notes = np.random.default_rng(0), []
+    for frequency_hz in (220, 262, 330, 392, 440, 330) * 2:
+        string = rng.uniform(-0.5, 0.5, 16_000 // frequency_hz)
+        periods = []
+        for _ in range(8_000 // len(string) + 1):
+            periods.append(string)
+            string = 0.498 * (string + np.roll(string, -1))
+        notes.append(np.concatenate(periods)[:8_000])
+    return np.concatenate(notes)
+
+
+T_S = np.arange(SECONDS * 16_000) / 16_000
+
+
+@pytest.mark.parametrize(
+    "sound",
+    [0 * T_S, coloured(0), coloured(1), coloured(2), 0.1 * np.sin(2 * np.pi * 220 * T_S), plucked()],
+    ids=["silence", "white", "pink", "brown", "tone", "plucked strings"],
+)
+def test_what_is_no_speech_is_not_taken_for_it(sound):
+    assert flags(sound).sum() * FRAME_SAMPLES / 16_000 < 0.5
+
+
+def test_speech_is_found_where_it_is_whatever_the_chunks(reference_data):
+    path = next((reference_data / "open_speech" / "bonafide" / "librispeech_test_other").glob("*.flac"))
+    speech, _ = soundfile.read(path, dtype="float32", frames=5 * 16_000)
+    noise = 0.02 * coloured(1)[: 3 * 16_000]
+    sound = np.concatenate([noise, speech, noise])
+    found = flags(sound)
+    inside = slice(3 * 16_000 // FRAME_SAMPLES, 8 * 16_000 // FRAME_SAMPLES)
+    assert found[inside].mean() > 0.6 and found[: inside.start - 1].mean() < 0.05
+    assert len(found) == -(-len(sound) // FRAME_SAMPLES)
+    in_chunks = flags(sound, 100, 700, 40_000, 40_001, 90_000)
+    assert (in_chunks == found).mean() > 0.995  # a frame at the threshold may fall either way
