@@ -178,7 +178,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from deepfake_utils.machine import FLOAT32, pick_device
 from deepfake_utils.models import build_model
 from deepfake_utils.training.config import RECIPES, TrainingConfig
-from deepfake_utils.training.plan import activation_bytes, measure
+from deepfake_utils.training.memory import activation_bytes
+from deepfake_utils.training.plan import measure
 
 device = pick_device()
 batch = 2 if device.device.type == "cpu" else 24

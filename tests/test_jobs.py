@@ -35,7 +35,7 @@ def test_a_job_folder_is_the_whole_run_and_goes_on_where_it_stopped(corpus, tmp_
     said = []
     again = run_job(tmp_path, device="cpu", say=said.append)
     assert again.history["train_loss"].tolist() == pytest.approx(first.history["train_loss"].tolist())
-    assert any("resuming" in line for line in said)
+    assert any("finished:  all epochs done" in line for line in said) and not any("device:" in line for line in said)
     with pytest.raises(TrainingError, match="train.csv, dev.csv, config.json missing"):
         run_job(tmp_path / "empty")
 
@@ -91,7 +91,7 @@ import sys, torch
 torch.set_num_threads(1)
 from deepfake_utils.models import build_model
 from deepfake_utils.training.jobs import run_job
-import deepfake_utils.training.session as session
+import deepfake_utils.training.prepare as prepare
 
 def frozen(name, generator, **options):
     model = build_model(name, generator=generator, **options)
@@ -100,7 +100,7 @@ def frozen(name, generator, **options):
             module.eval().train = lambda mode=True, module=module: module
     return model
 
-session.build_model = frozen
+prepare.build_model = frozen
 run_job(sys.argv[1], device="cpu")
 """
 

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from deepfake_utils.conventions import ConfigError
 from deepfake_utils.models.losses import LOSSES, OneClassSoftmax, P2SGrad, WeightedCrossEntropy, build_loss
-from deepfake_utils.training import config
 
 NO_LOGITS = torch.zeros(1, 2)  # what a loss of embeddings gets where it must not look
 
@@ -147,10 +146,6 @@ def test_initial_directions_come_from_the_generator_alone():
         second = build_loss(name, 5, generator=seeded(6))
         for one, other in zip(first.parameters(), second.parameters(), strict=True):
             assert torch.equal(one, other)
-
-
-def test_the_training_configuration_offers_exactly_these_losses():
-    assert sorted(config.LOSSES) == sorted(LOSSES)
 
 
 @pytest.mark.parametrize(

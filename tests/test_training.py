@@ -17,12 +17,13 @@ import torch
 
 from deepfake_utils.conventions import ConfigError, TrainingError
 from deepfake_utils.machine import FLOAT32
+from deepfake_utils.models.losses import WeightedCrossEntropy
 from deepfake_utils.scoring.weights import load_model
 from deepfake_utils.training import loop as training
-from deepfake_utils.training import plan as capacity
+from deepfake_utils.training import memory, plan
 from deepfake_utils.training.config import RECIPES, TrainingConfig
 from deepfake_utils.training.loop import fit
-from deepfake_utils.training.resume import load_training_state
+from deepfake_utils.training.resume import load_training_state, take_over
 from deepfake_utils.training.schedule import SharpnessAware, learning_rate, reestimate_batch_norm
 
 TINY = {"sinc_filters": 12, "channels": (4, 4), "graph_dim": 4, "branch_dim": 4}
@@ -178,7 +179,7 @@ def test_ctrl_c_leaves_a_usable_checkpoint_and_says_how_to_go_on(corpus, tmp_pat
 
 
 class PoisonedBatches:
-    """The session's batches, with one utterance turned into NaN from the second epoch on."""
+    """The run's batches, with one utterance turned into NaN from the second epoch on."""
 
     wait_s = 0.0
 
@@ -193,9 +194,9 @@ class PoisonedBatches:
 
 
 def test_a_non_finite_loss_stops_names_the_batch_and_keeps_the_last_good_checkpoint(corpus, tmp_path, monkeypatch):
-    original = training.Session.epoch_batches
+    original = training.epoch_batches
     monkeypatch.setattr(
-        training.Session, "epoch_batches", lambda self: PoisonedBatches(original(self), 5, self.state.epoch == 1)
+        training, "epoch_batches", lambda run: PoisonedBatches(original(run), 5, poisoned=run.state.epoch == 1)
     )
     with pytest.raises(TrainingError, match=f"the loss became nan in epoch 2.*{corpus[0]['utterance'][5]}"):
         run(corpus, tmp_path)
@@ -228,14 +229,14 @@ def test_time_budget_ends_the_run_in_time_and_a_new_session_goes_on(corpus, tmp_
 
 def test_a_budget_that_ends_within_an_epoch_loses_none_of_its_batches(corpus, tmp_path, monkeypatch):
     uninterrupted, _ = run(corpus, tmp_path / "whole", epochs=2)
-    seen, take_step = [], training.Session.take_step
+    seen, take_step = [], training.take_step
 
-    def noted(self, batch):
-        seen.append((self.state.epoch, batch.index.tolist()))
-        take_step(self, batch)
+    def noted(run, batch):
+        seen.append((run.state.epoch, batch.index.tolist()))
+        return take_step(run, batch)
 
-    monkeypatch.setattr(training.Session, "take_step", noted)
-    monkeypatch.setattr(training.Session, "out_of_time", lambda self: (self.state.epoch, self.state.step) == (1, 2))
+    monkeypatch.setattr(training, "take_step", noted)
+    monkeypatch.setattr(training, "is_out_of_time", lambda run: (run.state.epoch, run.state.step) == (1, 2))
     first, _ = run(corpus, tmp_path / "parts", epochs=2)
     assert first.stopped == "time budget used up" and len(seen) == 3 + 2
     second, said = run(corpus, tmp_path / "parts", epochs=2)
@@ -263,26 +264,23 @@ def test_early_stop_counts_epochs_without_a_better_dev_eer(corpus, tmp_path):
 
 def test_out_of_memory_halves_the_micro_batch_and_keeps_the_step(corpus, tmp_path, monkeypatch):
     """A batch-norm-free comparison is not possible with AASIST; so the count of utterances a forward sees is read."""
-    sizes = []
-    original = training.Session._forward_backward
+    sizes, original = [], WeightedCrossEntropy.forward
 
-    def limited(self, batch, band_mask):
-        largest = max(len(chunk) for chunk in batch.target.chunk(self.micro_batches))
-        if largest > 4:
+    def limited(self, logits, embedding, target):
+        if len(target) > 4:
             raise torch.OutOfMemoryError("pretended")
-        sizes.append((largest, self.micro_batches))
-        return original(self, batch, band_mask)
+        sizes.append(len(target))
+        return original(self, logits, embedding, target)
 
-    monkeypatch.setattr(training.Session, "_forward_backward", limited)
+    monkeypatch.setattr(WeightedCrossEntropy, "forward", limited)
     result, said = run(corpus, tmp_path, epochs=1)
     assert "going on with 2 micro-batches" in said
-    assert set(sizes) == {(4, 2)} and np.isfinite(result.history["train_loss"]).all()
+    assert result.history["micro_batches"].tolist() == [2] and set(sizes) == {4} and len(sizes) == 2 * 3
+    assert np.isfinite(result.history["train_loss"]).all()
 
 
 def test_micro_batches_join_to_the_gradient_of_the_whole(corpus, tmp_path):
     """Without batch norm in the way (evaluation mode), 3 uneven parts give the whole batch's gradient."""
-    from deepfake_utils.models.losses import WeightedCrossEntropy
-
     logits = torch.randn(7, 2, dtype=torch.float64, requires_grad=True)
     target = torch.tensor([1.0, 0, 0, 1, 0, 0.3, 1]).double()
     criterion = WeightedCrossEntropy((0.1, 0.9)).double()
@@ -364,37 +362,32 @@ def test_a_run_is_taken_over_from_files_that_can_only_be_read(corpus, tmp_path):
     (earlier / "figures").mkdir()
     for path in filter(Path.is_file, earlier.iterdir()):
         path.chmod(0o444)
-    training.take_over(earlier, later)
+    take_over(earlier, later)
     result, said = run(corpus, later)
     assert "resuming" in said and not (later / "figures").exists()
     assert len(result.history) == len(whole.history)
-    training.take_over(earlier, later)
+    take_over(earlier, later)
     assert len(load_training_state(later / "checkpoint.pt")["state"]["history"]) == 3, "what is there is kept"
     with pytest.raises(TrainingError, match=r"empty holds no checkpoint.pt .* expected the folder"):
-        training.take_over(tmp_path / "empty", tmp_path / "new")
+        take_over(tmp_path / "empty", tmp_path / "new")
 
 
 def test_automatic_batch_size_is_measured_and_explained(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(capacity, "free_device_bytes", lambda device: 40 * 2**20)
+    monkeypatch.setattr(memory, "free_device_bytes", lambda device: 40 * 2**20)
     _, said = run(corpus, tmp_path, epochs=1, batch_size="auto")
     assert "MiB each" in said and "square root of" in said
-    monkeypatch.setattr(capacity, "free_device_bytes", lambda device: 2**10)
+    monkeypatch.setattr(memory, "free_device_bytes", lambda device: 2**10)
     with pytest.raises(TrainingError, match="not even 2 utterances"):
         run(corpus, tmp_path / "none", epochs=1, batch_size="auto")
 
 
 def test_a_continued_run_keeps_the_batch_and_the_rates_it_began_with(corpus, tmp_path, monkeypatch):
-    seen, settle = [], training.Session._settle_batch_size
-
-    def noted(self, saved):
-        settle(self, saved)
-        seen.append((self.batch_size, self.rates.learning_rate))
-
-    monkeypatch.setattr(training.Session, "_settle_batch_size", noted)
+    seen = []
     for free_mib in (40, 80):
-        monkeypatch.setattr(capacity, "free_device_bytes", lambda device, free=free_mib * 2**20: free)
-        run(corpus, tmp_path, epochs=1, batch_size="auto")
-        run(corpus, tmp_path / str(free_mib), epochs=1, batch_size="auto")
+        monkeypatch.setattr(memory, "free_device_bytes", lambda device, free=free_mib * 2**20: free)
+        for folder in (tmp_path, tmp_path / str(free_mib)):
+            config = run(corpus, folder, epochs=1, batch_size="auto")[0].config
+            seen.append((config.batch_size, config.learning_rate))
     first, alone_40, again, alone_80 = seen
     assert first == alone_40 == again != alone_80
     assert first[1] == pytest.approx(1e-3 * np.sqrt(first[0] / 24))
@@ -409,18 +402,18 @@ def test_a_measurement_that_does_not_fit_is_made_with_fewer_utterances(monkeypat
             raise torch.OutOfMemoryError("pretended")
         return probe
 
-    monkeypatch.setattr(capacity, "CPU_PROBE", 24)
-    monkeypatch.setattr(capacity, "_measure", step)
+    monkeypatch.setattr(plan, "CPU_PROBE", 24)
+    monkeypatch.setattr(plan, "_measure", step)
     limit = 6
-    assert capacity.measure(None, tiny_config(), 24, torch.device("cpu"), FLOAT32) == 6 and tried == [24, 12, 6]
+    assert plan.measure(None, tiny_config(), 24, torch.device("cpu"), FLOAT32) == 6 and tried == [24, 12, 6]
     limit = 1
     with pytest.raises(TrainingError, match="not even 2 utterances of 4000 samples fit: out of memory"):
-        capacity.measure(None, tiny_config(), 24, torch.device("cpu"), FLOAT32)
+        plan.measure(None, tiny_config(), 24, torch.device("cpu"), FLOAT32)
 
 
 def test_saved_activations_are_counted_once():
     weight = torch.nn.Parameter(torch.ones(1000))
-    saved = capacity.activation_bytes(lambda: (weight.exp() * weight.exp()).sum())
+    saved = memory.activation_bytes(lambda: (weight.exp() * weight.exp()).sum())
     assert saved in (8000, 12000)  # two exp results (each kept by exp and by the product), perhaps the weight
 
 
@@ -431,32 +424,34 @@ def test_plans_keep_the_recipe_when_it_fits_and_say_what_they_give_up(monkeypatc
         small = sum(p.numel() for p in model.parameters()) < 200_000
         name = type(model).__name__ + ("-L" if small and type(model).__name__ == "AASIST" else "")
         part = config.crop_samples / TrainingConfig().crop_samples
-        return capacity.Cost(seconds[name] * part, seconds[name] * part / 3, 0)
+        return plan.Cost(seconds[name] * part, seconds[name] * part / 3)
 
-    monkeypatch.setattr(capacity, "measure", measured)
+    monkeypatch.setattr(plan, "measure", measured)
     cpu = torch.device("cpu")
-    plan = capacity.plan_run(TrainingConfig(), 100, 50, 50, 0.0, cpu)
-    assert plan.config == TrainingConfig() and "No time budget" in plan.why[0]
+    made = plan.plan_run(TrainingConfig(), 100, 50, 50, 0.0, cpu)
+    assert made.config == TrainingConfig() and "No time budget" in made.why[0]
 
-    plan = capacity.plan_run(TrainingConfig(), 100, 50, 50, 10_000.0, cpu)  # needs 100 * (50 + 8.3) + 8.3 s
-    assert plan.config == TrainingConfig(time_budget_s=10_000.0 - 50 * 0.5 / 3) and "fits the" in plan.why[0]
+    made = plan.plan_run(TrainingConfig(), 100, 50, 50, 10_000.0, cpu)  # needs 100 * (50 + 8.3) + 8.3 s
+    assert made.config == TrainingConfig(time_budget_s=10_000.0 - 50 * 0.5 / 3) and "fits the" in made.why[0]
 
     for budget_s, crop in ((300.0, 32_000), (100.0, 16_000)):
-        plan = capacity.plan_run(TrainingConfig(seed=5), 100, 50, 50, budget_s, cpu)
-        assert "would take" in plan.why[0] and (plan.config.model, plan.config.crop_samples) == ("aasist-l", crop)
-        assert plan.config.seed == 5 and (plan.n_train, plan.n_dev, plan.n_eval) == (100, 50, 50)
-        assert plan.config.epochs == (0.85 * budget_s - 50 / 15) // ((100 * 0.2 + 50 * 0.2 / 3) * crop / 64_600)
-        assert plan.config.time_budget_s == pytest.approx(budget_s - 50 / 15), "eval is scored in the rest"
+        made = plan.plan_run(TrainingConfig(seed=5), 100, 50, 50, budget_s, cpu)
+        assert "would take" in made.why[0] and (made.config.model, made.config.crop_samples) == ("aasist-l", crop)
+        assert made.config.seed == 5 and (made.n_train, made.n_dev, made.n_eval) == (100, 50, 50)
+        epochs = int((0.85 * budget_s - 50 / 15) // ((100 * 0.2 + 50 * 0.2 / 3) * crop / 64_600))
+        assert made.config.epochs == "auto" and f"about {epochs} epochs" in made.why[1]
+        assert made.config.time_budget_s == pytest.approx(budget_s - 50 / 15), "eval is scored in the rest"
 
-    plan = capacity.plan_run(TrainingConfig(), 100, 50, 50, 40.0, cpu)
-    assert plan.config.model == "lfcc-lcnn" and "lfcc-lcnn" in plan.why[1]
+    made = plan.plan_run(TrainingConfig(), 100, 50, 50, 40.0, cpu)
+    assert made.config.model == "lfcc-lcnn" and "lfcc-lcnn" in made.why[1]
     for name in ("rawnet2", "aasist"):
         wish = TrainingConfig(model=name, loss="oc_softmax", augmentation="wild")
-        plan = capacity.plan_run(wish, 100, 50, 50, 40.0, cpu, keep_model=True)
-        assert (plan.config.model, plan.config.loss, plan.config.augmentation) == (name, "oc_softmax", "wild")
+        made = plan.plan_run(wish, 100, 50, 50, 40.0, cpu, keep_model=True)
+        assert (made.config.model, made.config.loss, made.config.augmentation) == (name, "oc_softmax", "wild")
 
-    plan = capacity.plan_run(TrainingConfig(), 25_380, 24_844, 71_237, 300.0, cpu)
-    assert plan.config.crop_samples == 16_000 and plan.n_train < 25_380 and "trials are drawn" in plan.why[1]
+    made = plan.plan_run(TrainingConfig(), 25_380, 24_844, 71_237, 300.0, cpu)
+    assert made.config.crop_samples == 16_000 and made.n_train < 25_380 and "trials are drawn" in made.why[1]
+    assert "follows the speed of this machine" in made.why[-1]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

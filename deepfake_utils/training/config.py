@@ -1,16 +1,31 @@
-"""How a countermeasure is trained, as one frozen dataclass that travels with its weights. No third-party import."""
+"""How a countermeasure is trained, as one frozen dataclass that travels with its weights."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Collection
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 
+from deepfake_utils.augment import RECIPES as AUGMENTATIONS
 from deepfake_utils.conventions import CROP_SAMPLES, SAMPLE_RATE_HZ, ConfigError
+from deepfake_utils.models import MODELS
+from deepfake_utils.models.losses import LOSSES
 
-SCHEDULES = ("cosine", "one_cycle", "cyclical", "constant")
-AVERAGES = ("none", "ema", "swa")
-SAMPLINGS = ("uniform", "balanced")
-LOSSES = ("cross_entropy", "oc_softmax", "p2sgrad")
+KIND_IN_WORDS = {int: "a whole number", float: "a number"}
+
+
+def _name(default: str, known: Collection[str]):
+    return field(default=default, metadata={"kind": str, "known": known})
+
+
+def _number(default, kind: type, low: float, high: float = math.inf, auto: bool = False):
+    return field(default=default, metadata={"kind": kind, "low": low, "high": high, "auto": auto})
+
+
+def _options():
+    return field(default_factory=dict, metadata={"kind": dict})
 
 
 @dataclass(frozen=True)
@@ -20,66 +35,50 @@ class TrainingConfig:
     and it keeps the epoch that is best on eval, where here dev decides.
 
     Raises:
-        ConfigError: a value is out of its range or not one of its names.
+        ConfigError: a value is of the wrong kind, out of its range or not one of its names.
     """
 
-    model: str = "aasist"
-    model_options: dict = field(default_factory=dict)  # keyword arguments of build_model
-    epochs: int = 100
-    batch_size: int | str = 24  # utterances an optimiser step, or "auto": what fits the device's memory
-    crop_samples: int = CROP_SAMPLES  # training crop; scoring has its own length
-    eval_samples: int = CROP_SAMPLES  # dev scoring during training
-    learning_rate: float = 1e-4  # the schedule's highest
-    learning_rate_min: float = 5e-6  # the schedule's lowest
-    weight_decay: float = 1e-4
-    schedule: str = "cosine"  # per optimiser step
-    warmup_steps: int = 0
-    cycle_epochs: int = 10  # length of one cycle of the cyclical schedule
-    loss: str = "cross_entropy"
-    class_weights: tuple[float, float] = (0.1, 0.9)  # spoof, bona fide
-    augmentation: str = "none"  # a recipe of deepfake_utils.augment
-    augmentation_options: dict = field(default_factory=dict)  # effect -> settings that replace the recipe's, or None
-    band_mask: bool = False  # mask up to 20 neighbouring sinc bands a batch (AASIST's freq_aug)
-    sampling: str = "uniform"
-    average: str = "none"  # weights that are scored and kept: the last, an exponential or an equal average
-    ema_decay: float = 0.999
-    swa_start: float = 0.75  # fraction of the run after which SWA begins
-    sam_rho: float = 0.0  # sharpness-aware minimisation's radius; 0 switches it off
-    clip_norm: float = 0.0  # gradient norm ceiling; 0 switches it off
-    patience_epochs: int = 0  # stop after so many epochs without a better dev EER; 0 never stops early
-    precision: str = "auto"
-    data_path: str = "auto"  # files, cache, store, device
-    seed: int = 1234
-    time_budget_s: float = 0.0  # stop in time to save and evaluate; 0 is no limit
-    checkpoint_every_s: float = 600.0  # besides the end of each epoch
+    model: str = _name("aasist", MODELS)
+    model_options: dict = _options()  # keyword arguments of build_model
+    epochs: int | str = _number(100, int, 1, 100_000, auto=True)  # "auto": what fits time_budget_s, timed on real steps
+    batch_size: int | str = _number(24, int, 2, auto=True)  # utterances an optimiser step; "auto": what fits the memory
+    crop_samples: int = _number(CROP_SAMPLES, int, 1)  # training crop; scoring has its own length
+    eval_samples: int = _number(CROP_SAMPLES, int, 1)  # dev scoring during training
+    learning_rate: float = _number(1e-4, float, 0, 10)  # the schedule's highest
+    learning_rate_min: float = _number(5e-6, float, 0, 10)  # the schedule's lowest
+    weight_decay: float = _number(1e-4, float, 0, 10)
+    schedule: str = _name("cosine", ("cosine", "one_cycle", "cyclical", "constant"))  # per optimiser step
+    warmup_steps: int = _number(0, int, 0)
+    cycle_epochs: int = _number(10, int, 1)  # length of one cycle of the cyclical schedule
+    loss: str = _name("cross_entropy", LOSSES)
+    class_weights: tuple[float, float] = field(default=(0.1, 0.9), metadata={"kind": tuple})  # spoof, bona fide
+    augmentation: str = _name("none", AUGMENTATIONS)
+    augmentation_options: dict = _options()  # effect -> settings that replace the recipe's, or None
+    band_mask: bool = field(default=False, metadata={"kind": bool})  # mask up to 20 sinc bands (AASIST's freq_aug)
+    sampling: str = _name("uniform", ("uniform", "balanced", "source"))  # see training.sampling
+    selection: str = _name("eer", ("eer", "macro"))  # which dev EER decides: see training.selection
+    average: str = _name("none", ("none", "ema", "swa"))  # what is scored and kept: the last weights, or an average
+    ema_decay: float = _number(0.999, float, 0, 1)
+    swa_start: float = _number(0.75, float, 0, 1)  # fraction of the run after which SWA begins
+    sam_rho: float = _number(0.0, float, 0, 10)  # sharpness-aware minimisation's radius; 0 switches it off
+    clip_norm: float = _number(0.0, float, 0)  # gradient norm ceiling; 0 switches it off
+    patience_epochs: int = _number(0, int, 0)  # stop after so many epochs without a better dev EER; 0: never early
+    precision: str = _name("auto", ("auto", "fp32", "bf16", "fp16"))
+    data_path: str = _name("auto", ("auto", "files", "cache", "store", "device"))
+    seed: int = _number(1234, int, 0, 2**31 - 1)
+    time_budget_s: float = _number(0.0, float, 0)  # stop in time to save and evaluate; 0 is no limit
+    checkpoint_every_s: float = _number(600.0, float, 0)  # besides the end of each epoch
 
     def __post_init__(self) -> None:
-        for name, allowed in (
-            ("schedule", SCHEDULES), ("loss", LOSSES), ("average", AVERAGES), ("sampling", SAMPLINGS),
-            ("precision", ("auto", "fp32", "bf16", "fp16")),
-            ("data_path", ("auto", "files", "cache", "store", "device")),
-        ):  # fmt: skip
-            if getattr(self, name) not in allowed:
-                raise ConfigError(f"{name} {getattr(self, name)!r} is unknown: expected one of {', '.join(allowed)}")
-        if self.batch_size != "auto" and not (isinstance(self.batch_size, int) and self.batch_size >= 2):
-            raise ConfigError(f"batch_size {self.batch_size!r}: expected 'auto' or a whole number of at least 2 "
-                              "(batch normalisation needs two utterances)")  # fmt: skip
-        for name, low, high in (
-            ("epochs", 1, 100_000), ("crop_samples", 1, None), ("eval_samples", 1, None), ("learning_rate", 0, 10),
-            ("learning_rate_min", 0, self.learning_rate), ("weight_decay", 0, 10), ("warmup_steps", 0, None),
-            ("cycle_epochs", 1, None), ("ema_decay", 0, 1), ("swa_start", 0, 1), ("sam_rho", 0, 10),
-            ("clip_norm", 0, None), ("patience_epochs", 0, None), ("time_budget_s", 0, None),
-            ("checkpoint_every_s", 0, None),
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)) or value < low or (high is not None and value > high):
-                raise ConfigError(
-                    f"{name} {value!r}: expected a number from {low} to {'any' if high is None else high}"
-                )
-        weights = self.class_weights
-        numbers = isinstance(weights, tuple) and all(isinstance(weight, (int, float)) for weight in weights)
-        if not numbers or len(weights) != 2 or min(weights) <= 0:
-            raise ConfigError(f"class_weights {weights!r}: expected two positive numbers (spoof, bona fide)")
+        for setting in dataclasses.fields(self):
+            value = _checked(setting.name, getattr(self, setting.name), **setting.metadata)
+            object.__setattr__(self, setting.name, value)
+        if self.learning_rate_min > self.learning_rate:
+            raise ConfigError(
+                f"learning_rate_min {self.learning_rate_min:g}: expected at most learning_rate, {self.learning_rate:g}"
+            )
+        if self.epochs == "auto" and not self.time_budget_s:
+            raise ConfigError("epochs 'auto' fills a time budget: give time_budget_s too, or a number of epochs")
 
     def replace(self, **changes) -> TrainingConfig:
         """A copy with some settings changed.
@@ -87,10 +86,9 @@ class TrainingConfig:
         >>> TrainingConfig().replace(epochs=5).epochs
         5
         """
-        unknown = set(changes) - {f.name for f in dataclasses.fields(self)}
-        if unknown:
-            known = ", ".join(f.name for f in dataclasses.fields(self))
-            raise ConfigError(f"unknown training setting {', '.join(sorted(unknown))}: expected one of {known}")
+        known = [setting.name for setting in dataclasses.fields(self)]
+        if unknown := sorted(set(changes) - set(known)):
+            raise ConfigError(f"unknown training setting {', '.join(unknown)}: expected one of {', '.join(known)}")
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict:
@@ -104,10 +102,35 @@ class TrainingConfig:
         >>> TrainingConfig.from_dict(TrainingConfig(epochs=7).to_dict()) == TrainingConfig(epochs=7)
         True
         """
-        values = dict(values)
-        if isinstance(values.get("class_weights"), list):  # JSON knows no tuples
-            values["class_weights"] = tuple(values["class_weights"])
         return cls().replace(**values)
+
+
+def _checked(name: str, value, kind: type, known=None, low=-math.inf, high=math.inf, auto: bool = False):
+    """The value as a plain one of its kind; the keywords are a field's metadata."""
+    if known is not None:
+        if not isinstance(value, str) or value not in known:
+            raise ConfigError(f"{name} {value!r} is unknown: expected one of {', '.join(known)}")
+        return value
+    if kind is tuple:
+        numbers = isinstance(value, (tuple, list)) and len(value) == 2 and all(_is_number(part, Real) for part in value)
+        if not numbers or min(value) <= 0:
+            raise ConfigError(f"{name} {value!r}: expected two positive numbers (spoof, bona fide)")
+        return tuple(map(float, value))
+    if kind in KIND_IN_WORDS:
+        if auto and value == "auto":
+            return value
+        if not _is_number(value, Integral if kind is int else Real) or not low <= value <= high:
+            bounds = f"from {low} to {high}" if math.isfinite(high) else f"of at least {low}"
+            raise ConfigError(f"{name} {value!r}: expected {'auto or ' * auto}{KIND_IN_WORDS[kind]} {bounds}")
+        return kind(value)
+    if not isinstance(value, kind):
+        expected = "true or false" if kind is bool else "names with their values"
+        raise ConfigError(f"{name} {value!r}: expected {expected}")
+    return value
+
+
+def _is_number(value, kind: type) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
 
 
 # `paper` is the published recipe. `short` is what to run when there are minutes, not hours: a smaller model on

@@ -22,6 +22,7 @@ from deepfake_utils.conventions import TrainingError
 from deepfake_utils.files import atomic_write
 from deepfake_utils.training.config import TrainingConfig
 from deepfake_utils.training.loop import FitResult, fit
+from deepfake_utils.training.resume import CHECKPOINT, load_training_state
 
 PROTOCOLS = ("train", "dev")
 TEXT_COLUMNS = ("utterance", "path", "attack", "speaker", "split", "corpus")
@@ -78,7 +79,8 @@ def fit_seeds(
 ) -> pd.DataFrame:
     """Train the same recipe from several seeds: one process per GPU, or one after another.
 
-    Two GPUs are best used this way: no gradients to exchange, and the spread that any single figure hides.
+    Two GPUs are best used this way: no gradients to exchange, and the spread that any single figure hides. Where
+    epochs or batch_size are "auto", the numbers that the first run settles on are those of all.
 
     Args:
         run_dir: each seed gets the folder `seed_N` in it, with a `log.txt`.
@@ -92,17 +94,19 @@ def fit_seeds(
     Raises:
         TrainingError: a run failed; the end of its log is in the text.
     """
-    folders = {
-        seed: write_job(Path(run_dir) / f"seed_{seed}", train, dev, config.replace(seed=seed), waveforms_dir)
-        for seed in seeds
-    }
+    folders = {seed: Path(run_dir) / f"seed_{seed}" for seed in seeds}
     slots = _gpus(device) or [""]
     say(f"{len(folders)} seeds, {f'{len(slots)} at a time, one per GPU' if len(slots) > 1 else 'one after another'}")
     waiting, running = list(folders.items()), {}
     try:
         while waiting or running:
             for slot in [s for s in slots if s not in running][: len(waiting)]:
+                if len(waiting) < len(folders):  # all seeds run what the first one settles on
+                    config = _settled(next(iter(folders.values())), config)
+                    if "auto" in (config.epochs, config.batch_size):
+                        break
                 seed, folder = waiting.pop(0)
+                write_job(folder, train, dev, config.replace(seed=seed), waveforms_dir)
                 running[slot] = (seed, folder, _start(folder, slot, device))
             time.sleep(0.2)
             for slot, (seed, folder, process) in list(running.items()):
@@ -115,6 +119,13 @@ def fit_seeds(
         for _, _, process in running.values():
             process.wait()
     return pd.DataFrame([_summary(seed, folder) for seed, folder in folders.items()])
+
+
+def _settled(folder: Path, config: TrainingConfig) -> TrainingConfig:
+    """The configuration by number that the run in `folder` has settled on, once it has."""
+    if "auto" in (config.epochs, config.batch_size) and (folder / CHECKPOINT).is_file():
+        return TrainingConfig.from_dict(load_training_state(folder / CHECKPOINT)["settled"])
+    return config
 
 
 def _gpus(device: str) -> list[str]:

@@ -22,6 +22,7 @@ class World:
         self.size = int(os.environ.get("WORLD_SIZE", "1"))
         self.rank = int(os.environ.get("RANK", "0"))
         self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         self._owns_group = False
 
     @property
@@ -72,13 +73,21 @@ class World:
 
     def average_gradients(self, module: nn.Module) -> None:
         """The mean of every gradient over all processes, for a module outside of `wrap`."""
-        for parameter in module.parameters():
+        for parameter in module.parameters() if self.size > 1 else ():
             parameter.grad = self.sum(parameter.grad) / self.size
 
     def broadcast(self, value: float) -> float:
         """Rank 0's value, everywhere."""
         if self.size == 1:
             return value
-        box = [value]
-        dist.broadcast_object_list(box)
-        return box[0]
+        box = torch.tensor(float(value), dtype=torch.float64)  # on the CPU: no GPU waits for it
+        dist.broadcast(box, src=0)
+        return box.item()
+
+    def smallest(self, value: int) -> int:
+        """The smallest of all processes' values."""
+        if self.size == 1:
+            return value
+        box = torch.tensor(value)
+        dist.all_reduce(box, dist.ReduceOp.MIN)
+        return int(box)

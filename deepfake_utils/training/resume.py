@@ -1,19 +1,160 @@
-"""Everything a run needs to continue, in one file."""
+"""Runs that go on where they stopped: the checkpoint, what it must agree with, and how it gets onto the disk."""
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import io
 import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
+import pandas as pd
 import torch
+from safetensors import SafetensorError
 
-from deepfake_utils.conventions import CheckpointError
+from deepfake_utils.conventions import CheckpointError, CorpusError, TrainingError
 from deepfake_utils.files import atomic_write
+from deepfake_utils.machine import seed_everything
+from deepfake_utils.training.config import TrainingConfig
+from deepfake_utils.training.run import Run, State
+
+CHECKPOINT = "checkpoint.pt"
+VERSION = 2  # of the checkpoint's contents
+# Settings that may change between a run and its resumption without changing what is computed.
+FREE_TO_CHANGE = ("time_budget_s", "checkpoint_every_s", "data_path", "patience_epochs")
+
+
+def end_reason(config: TrainingConfig, state: State) -> str:
+    """Why training is over, or "" while it is not; patience may be raised on a run that it has stopped."""
+    if state.epoch >= config.epochs:
+        return "all epochs done"
+    patience = config.patience_epochs
+    if patience and state.epoch - 1 - state.best_epoch >= patience and state.step == 0:
+        return f"no better dev EER in {patience} epochs"
+    return ""
+
+
+def fingerprint(protocol: pd.DataFrame) -> str:
+    """Twelve hexadecimal digits of what a run sees: every row's name, label and recording, and their order.
+
+    A recording counts by file name and size: folders may move between sessions.
+
+    Raises:
+        CorpusError: a recording is not there.
+    """
+    columns = [c for c in ("utterance", "label", "attack", "source") if c in protocol]
+    digest = hashlib.sha256()
+    for path, *row in protocol[["path", *columns]].itertuples(index=False, name=None):
+        try:
+            size = os.path.getsize(path)
+        except OSError as error:
+            raise CorpusError(f"{path}: {error.strerror}; the protocol names a recording that is not there") from error
+        digest.update("\0".join(map(str, (*row, os.path.basename(path), size, "\n"))).encode(errors="surrogateescape"))
+    return digest.hexdigest()[:12]
+
+
+def load_checkpoint(folder: Path, wish: TrainingConfig, fingerprints: dict[str, str]) -> dict | None:
+    """The checkpoint of the run in `folder`, or None where there is none.
+
+    Args:
+        wish: the configuration as it is given now.
+        fingerprints: of the train and the dev protocol.
+
+    Raises:
+        CheckpointError: it is damaged, or of another version of this package.
+        TrainingError: it belongs to another recipe or to other data.
+    """
+    path = folder / CHECKPOINT
+    if not path.is_file():
+        return None
+    saved = load_training_state(path)
+    if saved.get("version") != VERSION:
+        raise CheckpointError(
+            f"{path} is of format {saved.get('version')}, expected {VERSION}: finish that run with the version of this "
+            "package that began it, or use another run_dir, or resume=False to replace it"
+        )
+    now, then, settled = wish.to_dict(), saved["wish"], saved["settled"]
+    changed = [
+        f"{name} was {then.get(name)!r}, is {value!r}"
+        for name, value in now.items()
+        if name not in FREE_TO_CHANGE and value not in (then.get(name), settled.get(name))
+    ]
+    changed += [
+        f"the {split} recordings or labels are others"
+        for split, digits in fingerprints.items()
+        if saved["fingerprints"][split] != digits
+    ]
+    if changed:
+        raise TrainingError(
+            f"{path} belongs to another run ({'; '.join(changed)}): use another run_dir, or resume=False to replace it"
+        )
+    return saved
+
+
+def settled_config(saved: dict, wish: TrainingConfig) -> TrainingConfig:
+    """The configuration a run goes on with: what it settled on, and what `wish` may change."""
+    return TrainingConfig.from_dict(saved["settled"] | {name: getattr(wish, name) for name in FREE_TO_CHANGE})
+
+
+def snapshot(run: Run) -> dict:
+    """All that is needed to continue exactly: tensors and plain values."""
+    tensors = {
+        "model": run.model.state_dict(),
+        "criterion": run.criterion.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "scaler": run.scaler.state_dict(),
+        "average": run.average.state_dict() if run.average is not None else None,
+        "rng_cpu": torch.get_rng_state(),
+        "rng_cuda": torch.cuda.get_rng_state(run.device) if run.device.type == "cuda" else None,
+    }
+    plain = {
+        "version": VERSION,
+        "wish": run.wish.to_dict(),
+        "settled": run.config.to_dict(),
+        "fingerprints": run.fingerprints,
+        "state": dataclasses.asdict(run.state),
+    }
+    return tensors | plain
+
+
+def restore(run: Run, saved: dict) -> None:
+    """Put a run where `snapshot` found it."""
+    run.model.load_state_dict(saved["model"])
+    run.criterion.load_state_dict(saved["criterion"])
+    run.optimizer.load_state_dict(saved["optimizer"])
+    if saved["scaler"]:  # empty where the run began in another precision
+        run.scaler.load_state_dict(saved["scaler"])
+    if run.average is not None:
+        run.average.load_state_dict(saved["average"])
+    torch.set_rng_state(saved["rng_cpu"])
+    if run.device.type == "cuda" and saved["rng_cuda"] is not None:
+        torch.cuda.set_rng_state(saved["rng_cuda"], run.device)
+    run.state = State(**saved["state"])
+    if run.world.rank:  # the state above is the first process's: dropout must differ
+        seed_everything(run.config.seed + run.world.rank + run.state.epoch * run.world.size)
+
+
+def save_checkpoint(run: Run) -> None:
+    """Write the run's snapshot; an error keeps the last one."""
+    run.saved_at = time.monotonic()
+    if run.world.is_main:
+        save_training_state(run.folder / CHECKPOINT, snapshot(run))
 
 
 def save_training_state(path: str | os.PathLike, state: dict) -> None:
-    """Write everything a run needs to continue (tensors and plain values only), atomically."""
-    with atomic_write(path) as part:
-        torch.save(state, part)
+    """Write everything a run needs to continue (tensors and plain values only), atomically.
+
+    Raises:
+        TrainingError: the disk is full, or refuses.
+    """
+    content = io.BytesIO()
+    torch.save(state, content)  # in memory: onto a full disk it fails in words of its own file format
+    with clear_on_full_disk(path, content.getbuffer().nbytes), atomic_write(path) as part:
+        part.write_bytes(content.getbuffer())
 
 
 def load_training_state(path: str | os.PathLike) -> dict:
@@ -28,3 +169,40 @@ def load_training_state(path: str | os.PathLike) -> dict:
         raise CheckpointError(
             f"training checkpoint {path} cannot be read ({str(error).splitlines()[0]}): delete it to start anew"
         ) from error
+
+
+@contextmanager
+def clear_on_full_disk(path: str | os.PathLike, n_bytes: int) -> Iterator[None]:
+    """Turn an error of writing `path` into one sentence that says what is needed and what is kept."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        folder = Path(path).absolute().parent
+        disk = next(f for f in (folder, *folder.parents) if os.path.ismount(f))
+        reason = getattr(error, "strerror", None) or error
+        raise TrainingError(
+            f"{Path(path).absolute()} cannot be written: {reason}; it needs {n_bytes:,} bytes and the disk mounted at "
+            f"{disk} has {shutil.disk_usage(disk).free:,} free. The last good checkpoint is kept: free space, then the "
+            "same call goes on from there"
+        ) from error
+
+
+def take_over(earlier: str | os.PathLike, run_dir: str | os.PathLike) -> None:
+    """Copy an earlier run, or several seeds of it, to where `fit` will go on with it; a run already there is kept.
+
+    Args:
+        earlier: folder of that run, such as attached output on Kaggle, which can only be read.
+        run_dir: what `fit` will be given.
+
+    Raises:
+        TrainingError: `earlier` holds no checkpoint.
+    """
+    if any(Path(run_dir).rglob(CHECKPOINT)):
+        return
+    if not any(Path(earlier).rglob(CHECKPOINT)):
+        raise TrainingError(
+            f"{Path(earlier).absolute()} holds no {CHECKPOINT} to go on with: expected the folder that an earlier "
+            "run wrote, 02_train of notebook 02"
+        )
+    pictures = shutil.ignore_patterns("figures")
+    shutil.copytree(earlier, run_dir, ignore=pictures, copy_function=shutil.copyfile, dirs_exist_ok=True)

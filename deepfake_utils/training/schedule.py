@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -74,7 +74,9 @@ def build_average(model: nn.Module, config: TrainingConfig) -> AveragedModel | N
 
 
 @torch.no_grad()
-def reestimate_batch_norm(model: nn.Module, waveforms: Callable[[], object], device: torch.device) -> None:
+def reestimate_batch_norm(
+    model: nn.Module, waveforms: Callable[[], Iterable[torch.Tensor]], device: torch.device
+) -> None:
     """Recompute batch-norm statistics of averaged weights from training waveforms.
 
     Args:

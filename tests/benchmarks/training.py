@@ -31,7 +31,7 @@ from deepfake_utils.models import build_model
 from deepfake_utils.models.losses import WeightedCrossEntropy
 from deepfake_utils.training.config import TrainingConfig
 from deepfake_utils.training.loop import fit
-from deepfake_utils.training.plan import step_bytes
+from deepfake_utils.training.memory import step_bytes
 from deepfake_utils.training.schedule import build_optimizer
 
 LA_TRAIN_UTTERANCES = 25_380
