@@ -250,14 +250,12 @@ asv_scores = corpus.asv_scores("eval")
 metrics = evaluate(scores, evaluation, asv_scores, attack_intervals=True)
 low, high = metrics["eer_ci"]
 tandem = f"{metrics['min_tdcf']:.4f}" if metrics["min_tdcf"] is not None else "no ASV scores"
-display(
-    Markdown(f"""| | dev (selected on) | eval |
+display(Markdown(f"""| | dev (selected on) | eval |
 |---|---|---|
 | EER | {100 * result.best_dev_eer:.2f} % | **{100 * metrics["eer"]:.2f} %** [{100 * low:.2f}, {100 * high:.2f}] |
 | min t-DCF (2019) | | {tandem} |
 | AUC | | {metrics["auc"]:.4f} |
-| trials | {len(dev)} | {metrics["n_bonafide"]} bona fide, {metrics["n_spoof"]} spoof |""")
-)
+| trials | {len(dev)} | {metrics["n_bonafide"]} bona fide, {metrics["n_spoof"]} spoof |"""))
 
 # %% [markdown]
 # The distance between the two columns is the **generalisation gap**. Development attacks are the training attacks, so
@@ -301,8 +299,7 @@ from deepfake_utils.machine import describe_machine
 result_file = {
     "notebook": "02_train",
     "corpus": {"name": corpus.name, "kind": corpus.kind, "fingerprint": corpus.fingerprint()},
-    "metrics": metrics
-    | {"dev_eer": result.best_dev_eer, "best_epoch": result.best_epoch, "stopped": result.stopped}
+    "metrics": metrics | {"dev_eer": result.best_dev_eer, "best_epoch": result.best_epoch, "stopped": result.stopped}
     | {"eval_eer_by_seed": eval_eers},
     "config": config.to_dict() | {"n_train": len(train), "n_dev": len(dev), "n_eval": len(evaluation)},
     "plan": plan.why,
