@@ -144,21 +144,22 @@ def evaluate(options: argparse.Namespace) -> int:
     """Print the figures of a score file, and write them as JSON and HTML where asked."""
     from deepfake_utils.evaluation import evaluate as evaluation
     from deepfake_utils.evaluation import scorefile
+    from deepfake_utils.protocols import read_keys
 
-    scores = scorefile.read_scores(options.scores, options.higher_is)
-    protocol = scorefile.read_keys(options.protocol)
+    scores = scorefile.read_scores(options.scores, options.higher_is, one_is=options.one_is)
+    protocol = read_keys(options.protocol, one_is=options.one_is)
     with warnings.catch_warnings(record=True):  # printed below, from the result
         warnings.simplefilter("always")
         result = evaluation.evaluate(
             scores, protocol, options.asv_scores, by=options.by, phase=options.phase,
             n_bootstrap=options.n_bootstrap, attack_intervals=options.html is not None,
         )  # fmt: skip
+    for note in result.warnings:  # first: a turned direction makes nonsense of all that follows
+        print(f"note: {note}", file=sys.stderr, flush=True)
     print(table(result))
-    for note in result["warnings"]:
-        print(f"note: {note}", file=sys.stderr)
     if options.json:
         with atomic_write(options.json) as part:
-            part.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
+            part.write_text(json.dumps(result.to_dict(), indent=2, allow_nan=False) + "\n")
     if options.html:
         from deepfake_utils.report import page as report
 
@@ -175,6 +176,8 @@ def table(result: dict) -> str:
         "",
         f"{'EER':<24}{100 * result['eer']:10.3f} %{interval(result['eer_ci'], 100)}   at {result['eer_threshold']:.4g}",
     ]
+    if result["eer"] > 0.5:
+        return "\n".join([*lines, "", "the other figures say nothing until the note above is settled"])
     if result["tandem_eer"] is not None:
         lines.append(f"{'t-EER':<24}{100 * result['tandem_eer']:10.3f} %")
     for title, name in (
@@ -259,6 +262,9 @@ def build_parser() -> Parser:
                          help="official protocol or key file, or a table with columns utterance and label")  # fmt: skip
     command.add_argument("--asv-scores", metavar="FILE", type=Path, help="ASV scores of the same split, for the t-DCF")
     command.add_argument("--higher-is", choices=("bonafide", "spoof"), help="what a high score in the file means")
+    command.add_argument(
+        "--one-is", choices=("bonafide", "spoof"), help="what a label 1 means, where labels are numbers"
+    )
     command.add_argument("--by", metavar="COLUMN", action="append", help="break down by this column; may be repeated")
     command.add_argument("--phase", help="ASVspoof 2021: only progress, eval or hidden")
     command.add_argument("--n-bootstrap", metavar="N", type=int, default=1000, help="replicates; 0: no intervals")

@@ -109,7 +109,7 @@ except CorpusError as nothing_found:
     print(nothing_found, "\n\nGoing on with the built-in demo corpus.")
     corpus = None
 corpus = corpus or build_demo(run_folder.parent / "demo", scale=demo_scale)
-display(Markdown(f"**{corpus.name}** in `{corpus.root}`" + (f"  \n> {DEMO_NOTICE}" if corpus.kind == "demo" else "")))
+display(Markdown(f"**{corpus.name}** in `{corpus.root}`" + (f"  \n> {DEMO_NOTICE}" if corpus.name == "demo" else "")))
 
 
 # %%

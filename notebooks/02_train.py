@@ -88,7 +88,7 @@ except CorpusError as nothing_found:
     print(nothing_found, "\n\nGoing on with the built-in demo corpus.")
     corpus = None
 corpus = corpus or build_demo(run_folder.parent / "demo", scale=demo_scale)
-display(Markdown(f"**{corpus.name}** in `{corpus.root}`" + (f"  \n> {DEMO_NOTICE}" if corpus.kind == "demo" else "")))
+display(Markdown(f"**{corpus.name}** in `{corpus.root}`" + (f"  \n> {DEMO_NOTICE}" if corpus.name == "demo" else "")))
 
 
 # %%
@@ -299,7 +299,8 @@ from deepfake_utils.machine import describe_machine
 result_file = {
     "notebook": "02_train",
     "corpus": {"name": corpus.name, "kind": corpus.kind, "fingerprint": corpus.fingerprint()},
-    "metrics": metrics | {"dev_eer": result.best_dev_eer, "best_epoch": result.best_epoch, "stopped": result.stopped}
+    "metrics": metrics.to_dict()
+    | {"dev_eer": result.best_dev_eer, "best_epoch": result.best_epoch, "stopped": result.stopped}
     | {"eval_eer_by_seed": eval_eers},
     "config": config.to_dict() | {"n_train": len(train), "n_dev": len(dev), "n_eval": len(evaluation)},
     "plan": plan.why,

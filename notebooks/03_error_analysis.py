@@ -93,7 +93,7 @@ except CorpusError as nothing_found:
     print(nothing_found, "\n\nGoing on with the built-in demo corpus.")
     corpus = None
 corpus = corpus or build_demo(run_folder.parent / "demo", scale=demo_scale)
-notice = DEMO_NOTICE if corpus.kind == "demo" else ""
+notice = DEMO_NOTICE if corpus.name == "demo" else ""
 display(Markdown(f"**{corpus.name}** in `{corpus.root}`" + (f"  \n> {notice}" if notice else "")))
 
 
@@ -540,7 +540,7 @@ print(f"All tables on one page: {page}")
 result_file = {
     "notebook": "03_error_analysis",
     "corpus": {"name": corpus.name, "kind": corpus.kind, "fingerprint": corpus.fingerprint()},
-    "metrics": result | extra,
+    "metrics": result.to_dict() | extra,
     "config": {
         "seed": seed, "scores": str(trained or scores or weights), "weights": str(weights_file), "second": second_name,
         "n_dev": len(dev), "n_eval": len(evaluation), "n_rescored": len(again),

@@ -225,7 +225,7 @@ def summarise(run_dir: Path, seconds: dict[str, float]) -> str:
         rows.append(f"{name:<20}{show_eer(metrics):>26}{tdcf:>12}{took_s:>10.0f}")
     rows.append(f"{'together':<58}{sum(seconds.values()):>10.0f}\n")
     rows.append(f"corpus     {corpus.get('name')} ({corpus.get('kind')}), fingerprint {corpus.get('fingerprint')}")
-    if corpus.get("kind") == "demo":
+    if corpus.get("name") == "demo":
         rows.append("           synthetic: the numbers show that the path works and say nothing about speech")
     rows += [f"{what:<11}{locate(run_dir, pattern)}" for what, pattern in OUTPUTS.items()]
     return "\n".join(rows)

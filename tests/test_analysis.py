@@ -157,8 +157,8 @@ def test_the_hardest_are_the_most_wrong_of_each_class(trials):
     spoof, bonafide = hard[hard["label"] == 0], hard[hard["label"] == 1]
     assert spoof["score"].tolist() == sorted(trials.loc[trials["label"] == 0, "score"])[::-1][:3]
     assert bonafide["score"].tolist() == sorted(trials.loc[trials["label"] == 1, "score"])[:3]
-    assert set(spoof["kind"]) == {"false alarm"} and set(bonafide["kind"]) == {"nearest bona fide"}
-    assert (hard["margin"] > 0).equals(hard["kind"].isin(["false alarm", "miss"]))
+    assert set(spoof["kind"]) == {"fake accepted"} and set(bonafide["kind"]) == {"nearest real"}
+    assert (hard["margin"] > 0).equals(hard["kind"].isin(["fake accepted", "real rejected"]))
 
 
 def test_a_balanced_subset_is_half_bona_fide_and_even_over_attacks(trials):

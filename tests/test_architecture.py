@@ -17,15 +17,16 @@ PACKAGE = REPOSITORY / "deepfake_utils"
 FLOORS = [
     {"conventions"},
     {"files"},
-    {"machine", "corpora"},
-    {"waveforms", "evaluation", "demo"},
+    {"machine", "protocols"},
+    {"corpora", "evaluation", "waveforms"},
+    {"demo"},
     {"augment", "models"},
     {"scoring"},
     {"training", "probing"},
     {"report"},
     {"__main__"},
 ]
-WITHOUT_TENSORS = {"conventions", "files", "corpora", "evaluation", "demo"}  # metrics must not need torch
+WITHOUT_TENSORS = {"conventions", "files", "protocols", "corpora", "evaluation", "demo"}  # metrics must not need torch
 TENSOR_LIBRARIES = {"torch", "torchaudio"}
 DISTRIBUTIONS = {"sklearn": "scikit-learn", "PIL": "pillow"}  # where the import name is another
 OPTIONAL = {"kagglehub"}  # asked for by name, with a message where it is absent

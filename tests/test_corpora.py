@@ -16,7 +16,7 @@ from deepfake_utils.corpora import (
     divide,
     find_corpora,
     fingerprint,
-    read_protocol_file,
+    read_keys,
 )
 
 LINES_2019 = [
@@ -100,7 +100,7 @@ FORMATS = {
 def test_published_line_formats(tmp_path, name):
     line, (speaker, label, attack), extras = FORMATS[name]
     (tmp_path / "list.txt").write_text(line + "\n")
-    protocol = read_protocol_file(tmp_path / "list.txt")
+    protocol = read_keys(tmp_path / "list.txt")
     row = protocol.iloc[0]
     assert (row["speaker"], row["label"], row["attack"], row["split"]) == (speaker, label, attack, "eval")
     assert row["utterance"] == line.split()[1]
@@ -113,7 +113,7 @@ def test_windows_line_ends_blank_lines_a_byte_order_mark_and_tabs_are_no_defects
 
 
 def test_the_published_eval_protocol_has_its_published_counts(reference_data):
-    protocol = read_protocol_file(reference_data / "published_scores" / "ASVspoof2019.LA.cm.eval.trl.txt")
+    protocol = read_keys(reference_data / "published_scores" / "ASVspoof2019.LA.cm.eval.trl.txt")
     assert len(protocol) == 71_237
     assert protocol["label"].sum() == 7_355
     assert set(protocol["attack"]) == {"-"} | {f"A{i:02d}" for i in range(7, 20)}
@@ -144,9 +144,9 @@ def test_bad_lines_are_named(la, lines, message):
     [
         (b"", "is empty"),
         (b"\n \n", "is empty"),
-        (b"\x1f\x8b\x08\x00" + bytes(100), "line 1: not text"),
+        (b"\x1f\x8b\x08\x00" + bytes(100), "line 1: not text .*gzip file that is damaged"),
         (LINES_2019[0].encode() + b"\nLA_0001 LA_E_\xff\xfe - - spoof", "line 2: not text"),
-        ("\n".join(LINES_2019).encode("utf-16"), "line 1: not text"),
+        ("\n".join(LINES_2019).encode("utf-16-le"), "line 1: not text"),
     ],
 )
 def test_files_that_are_no_text_are_refused(la, text, message):
@@ -265,8 +265,8 @@ def test_in_the_wild_rows_and_defects(tmp_path):
     for rows, message in [
         ("0.wav,Bob,real?!\n1.wav,Bob,maybe\n", "line 3: unknown label 'maybe'"),
         ("0.wav,Bob,spoof\n0.wav,Bob,spoof\n", "line 3: 0.wav already stands on line 2"),
-        ("0.wav,Bob\n", "line 2: not 3 fields"),
-        ("0.wav,Bob,spoof,extra\n", "line 2: not 3 fields"),
+        ("0.wav,Bob\n", "line 2: . columns, expected 3"),
+        ("0.wav,Bob,spoof,extra\n", "line 2: . columns, expected 3"),
         ('0.wav,"Bob,spoof\n', "line 2: "),
         ("0.wav,Bob,spoof\n7.wav,Bob,spoof\n", "line 3: no recording of 7"),
     ]:
@@ -298,7 +298,7 @@ def test_manifest_splits_missing_files_and_defects(tmp_path):
     assert row["speaker"] == UNKNOWN_SPEAKER
     for rows, message in [
         ("a/3.wav,fake,train,x\n", "line 2: no recording of a/3.wav"),
-        ("a/1.wav,1,train,x\n", "line 2: unknown label '1'"),
+        ("a/1.wav,1,train,x\n", "line 2: the label '1' is ambiguous"),
         ("a/1.wav,fake,later,x\n", "line 2: unknown split 'later'"),
         ("a/1.wav,fake,train,x\na/1.wav,real,train,\n", "line 3: a/1.wav already stands on line 2"),
         (",fake,train,x\n", "line 2: neither path nor utterance"),
@@ -311,7 +311,7 @@ def test_manifest_splits_missing_files_and_defects(tmp_path):
 def test_a_table_of_ours_written_as_csv_reads_back_the_same(la, tmp_path):
     protocol = la().protocol().assign(codec=["x", "y", "z"])
     protocol.to_csv(tmp_path / "mine.csv", index=False)
-    again = read_protocol_file(tmp_path / "mine.csv")
+    again = read_keys(tmp_path / "mine.csv")
     columns = ["utterance", "path", "label", "attack", "speaker", "split", "codec"]
     pd.testing.assert_frame_equal(again[columns], protocol[columns], check_dtype=False)
 
@@ -319,7 +319,7 @@ def test_a_table_of_ours_written_as_csv_reads_back_the_same(la, tmp_path):
 def test_a_file_that_is_no_protocol(tmp_path):
     (tmp_path / "scores.txt").write_text("LA_E_2834763 -8.75\n")
     with pytest.raises(CorpusError, match="scores.txt line 1: 'LA_E_2834763 -8.75' is no line of a known protocol"):
-        read_protocol_file(tmp_path / "scores.txt")
+        read_keys(tmp_path / "scores.txt")
 
 
 def test_plain_folders_list_everything_below_once_even_through_links(tmp_path):

@@ -1,14 +1,14 @@
 """evaluate: from files to stable names; breakdowns add up; every doubtful input is refused or said."""
 
 import json
+import sys
 import warnings
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from deepfake_utils.conventions import ConfigError, ScoreError
-from deepfake_utils.evaluation import evaluate as evaluation
+from deepfake_utils.conventions import ConfigError, CorpusError, ScoreError
 from deepfake_utils.evaluation import metrics
 from deepfake_utils.evaluation.evaluate import evaluate
 
@@ -17,7 +17,7 @@ STABLE_NAMES = set(
     eer eer_ci eer_threshold min_tdcf min_tdcf_ci min_tdcf_revised min_tdcf_revised_ci tandem_eer min_dcf min_dcf_ci
     act_dcf cllr min_cllr auc accuracy threshold threshold_source p_miss p_fa n_bonafide n_spoof n_speakers
     per_attack bonafide_share_of_errors by phase higher_is score_dialect confidence n_bootstrap seed bootstrap_unit
-    warnings
+    score_kind warnings
     """.split()  # noqa: SIM905, one name a line would hide the list
 )
 
@@ -43,7 +43,7 @@ def trials():
 
 @pytest.fixture
 def protocol(trials):
-    return trials.drop(columns="score")
+    return trials.drop(columns=["score", "phase"])
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_every_stable_name_and_nothing_that_json_cannot_hold(scores, protocol, a
     assert (
         set(evaluate(scores[["utterance", "score"]], protocol[["utterance", "label"]], n_bootstrap=0)) == STABLE_NAMES
     )
-    assert json.loads(json.dumps(full, allow_nan=False)) == full
+    assert json.loads(json.dumps(full.to_dict(), allow_nan=False)) == full
     assert full["warnings"] == []
 
 
@@ -208,13 +208,14 @@ class TestBreakdowns:
         assert sum(row["n_bonafide"] + row["n_spoof"] for row in rows.values()) == 600
 
     def test_by_what_is_not_there_or_too_much(self, scores, protocol, monkeypatch):
-        monkeypatch.setattr(evaluation, "_MAX_GROUPS", 500)
+        monkeypatch.setattr(sys.modules[evaluate.__module__], "MAX_GROUPS", 500)
         with pytest.raises(ConfigError, match="by='codek' is no column .*codec"):
             evaluate(scores, protocol, by="codek", n_bootstrap=0)
         with pytest.raises(ConfigError, match="600 values"):
             evaluate(scores, protocol, by="utterance", n_bootstrap=0)
 
-    def test_phase(self, trials, scores, protocol):
+    def test_phase(self, trials, scores):
+        protocol = trials.drop(columns="score")
         of_phase = trials[trials["phase"] == "progress"]
         found = evaluate(scores, protocol, phase="progress", n_bootstrap=0)
         assert found["n_bonafide"] + found["n_spoof"] == len(of_phase)
@@ -234,11 +235,53 @@ class TestDoubtfulInput:
         with pytest.warns(UserWarning, match=r"above 50 %.*--higher-is spoof .*higher_is='spoof'"):
             found = evaluate(scores.assign(score=-scores["score"]), protocol, n_bootstrap=0)
         assert found["eer"] > 0.5
+        assert "labels are exchanged" in found.warnings[0] and "--one-is spoof" in found.warnings[0]
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             turned = evaluate(scores.assign(score=-scores["score"]), protocol, higher_is="spoof", n_bootstrap=0)
         assert turned["eer"] == pytest.approx(1 - found["eer"], abs=5e-3)
         assert turned["higher_is"] == "spoof"
+
+    def test_the_result_knows_the_direction_of_what_was_evaluated(self, trials, scores, protocol):
+        turned = evaluate(scores.assign(score=-scores["score"]), protocol, higher_is="spoof", n_bootstrap=0)
+        again = metrics.compute_eer(turned.trials["score"], turned.trials["label"])
+        assert (again.eer, again.threshold) == (turned.eer, turned.eer_threshold)
+        assert turned.trials["utterance"].tolist() == protocol["utterance"].tolist()
+
+    def test_a_score_column_in_the_protocol_plays_no_part(self, trials, scores, protocol):
+        stale = protocol.assign(score=-trials["score"])
+        assert evaluate(scores, stale, n_bootstrap=0)["eer"] == evaluate(scores, protocol, n_bootstrap=0)["eer"]
+
+    def test_pooled_phases_are_said(self, trials, scores):
+        with pytest.warns(UserWarning, match=r"phases are pooled here \(150 progress, 450 eval\).*--phase eval"):
+            evaluate(scores, trials.drop(columns="score"), n_bootstrap=0)
+
+    @pytest.mark.parametrize(("label", "name"), [(1, "bona fide"), (0, "spoof")])
+    def test_one_trial_of_a_class_gives_figures_without_intervals(self, trials, scores, label, name):
+        few = pd.concat([trials[trials["label"] == label][:1], trials[trials["label"] != label][:8]])
+        with pytest.warns(UserWarning, match=f"no intervals: there is a single {name} trial"):
+            found = evaluate(few[["utterance", "score"]], few[["utterance", "label", "attack"]], attack_intervals=True)
+        assert found["eer"] is not None and len(found.warnings) == 1
+        assert found["eer_ci"] is found["bootstrap_unit"] is found["min_dcf_ci"] is None
+        assert all(row["eer_ci"] is None for row in found["per_attack"].values())
+
+    def test_a_file_of_exchanged_labels_is_refused_or_said(self, tmp_path, trials, scores):
+        keys = tmp_path / "keys.csv"
+        trials.assign(label=1 - trials["label"])[["utterance", "label"]].to_csv(keys, index=False)
+        with pytest.raises(CorpusError, match="line 2: the label '0' is ambiguous.*--one-is bonafide or spoof"):
+            evaluate(scores, keys)
+        expected = metrics.compute_eer(trials["score"], trials["label"]).eer
+        found = evaluate(scores, keys, one_is="spoof", n_bootstrap=0)
+        assert (found["eer"], found["n_bonafide"]) == (expected, 200)
+        with pytest.raises(ConfigError, match="one_is must be"):
+            evaluate(scores, keys, one_is="fake")
+
+    def test_repeated_lines_are_counted_once_and_said(self, tmp_path, trials, protocol):
+        file = tmp_path / "scores.csv"
+        pd.concat([trials, trials[:3]])[["utterance", "score"]].to_csv(file, index=False)
+        with pytest.warns(UserWarning, match="3 lines repeat a trial with the same score, the first on line 602"):
+            found = evaluate(file, protocol, n_bootstrap=0)
+        assert found["n_bonafide"] + found["n_spoof"] == 600
 
     def test_wrongly_flipped_names_the_other_flag(self, scores, protocol):
         with pytest.warns(UserWarning, match="--higher-is bonafide"):

@@ -18,7 +18,7 @@ ENDS = {"train": ("T", "trn"), "dev": ("D", "trl"), "eval": ("E", "trl")}
 def nowhere(tmp_path, monkeypatch):
     """No environment variable, no Kaggle, no ./data: only what a test makes."""
     monkeypatch.delenv("DEEPFAKE_DATA", raising=False)
-    monkeypatch.setattr(find, "KAGGLE_INPUT", tmp_path / "kaggle" / "input")
+    monkeypatch.setenv("DEEPFAKE_KAGGLE_INPUT", str(tmp_path / "kaggle" / "input"))
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
 
@@ -69,7 +69,7 @@ def test_the_official_2019_layout_with_asv_scores(tmp_path):
 
 @pytest.mark.parametrize("mount", ["asvpoof-2019-dataset", "datasets/awsaf49/asvpoof-2019-dataset"])
 def test_both_kaggle_mounts_with_their_doubled_folders(mount):
-    root = find.KAGGLE_INPUT / mount
+    root = find.kaggle_input() / mount
     asvspoof2019(root / "LA" / "LA")
     asvspoof2019(root / "PA" / "PA", track="PA")
     corpora = find_corpora()
@@ -202,8 +202,8 @@ def test_labelled_pictures_are_no_corpus(tmp_path):
 def test_the_demo_is_told_from_the_real_thing(tmp_path):
     asvspoof2019(tmp_path / "real" / "LA")
     build_demo(tmp_path / "demo", scale=0.02)
-    real, demo = find_corpora(tmp_path)
-    assert (real.kind, demo.kind) == ("asvspoof2019_la", "demo")
+    demo, real = find_corpora(tmp_path)
+    assert (real.name, demo.name, demo.kind) == ("asvspoof2019_la", "demo", "asvspoof2019_la")
     protocol = demo.protocol()
     assert protocol["path"].str.startswith(str(tmp_path / "demo")).all()
     assert set(protocol["attack"]) <= {"-"} | {f"D0{i}" for i in range(1, 9)}
@@ -295,7 +295,7 @@ def test_order_of_the_usual_places(tmp_path, monkeypatch):
 
     asvspoof2019(tmp_path / "work/data/LA")
     assert kind() == "work"
-    asvspoof2019(find.KAGGLE_INPUT / "x/LA")
+    asvspoof2019(find.kaggle_input() / "x/LA")
     assert kind() == "kaggle"
     asvspoof2019(tmp_path / "named/LA")
     monkeypatch.setenv("DEEPFAKE_DATA", os.pathsep.join([str(tmp_path / "absent"), str(tmp_path / "named")]))
@@ -312,7 +312,9 @@ def test_order_of_the_usual_places(tmp_path, monkeypatch):
 def test_nothing_found_lists_every_place_what_was_there_and_what_to_attach(tmp_path, monkeypatch):
     monkeypatch.setenv("DEEPFAKE_DATA", str(tmp_path / "empty"))
     (tmp_path / "empty").mkdir()
-    write(find.KAGGLE_INPUT / "keys/LA/CM/trial_metadata.txt", "LA_0009 LA_E_9332881 alaw ita_tx A07 spoof notrim eval")
+    write(
+        find.kaggle_input() / "keys/LA/CM/trial_metadata.txt", "LA_0009 LA_E_9332881 alaw ita_tx A07 spoof notrim eval"
+    )
     touch(Path("data/somewhere"), ["x"], ".wav")
     with pytest.warns(UserWarning), pytest.raises(CorpusError) as caught:
         find_corpora()
@@ -320,7 +322,7 @@ def test_nothing_found_lists_every_place_what_was_there_and_what_to_attach(tmp_p
     for expected in [
         f"{tmp_path / 'empty'}: 1 folder(s), 0 with audio",
         "at the top: empty",
-        str(find.KAGGLE_INPUT),
+        str(find.kaggle_input()),
         "keys/",
         "trial_metadata.txt, but no recordings",
         f"{tmp_path / 'work' / 'data'}",
@@ -422,9 +424,9 @@ def test_a_kaggle_dataset_is_fetched_only_by_its_full_name(tmp_path, monkeypatch
 @pytest.mark.parametrize("mount", ["asvpoof-2019-dataset", "datasets/awsaf49/asvpoof-2019-dataset"])
 def test_an_attached_kaggle_dataset_is_not_downloaded(monkeypatch, mount):
     install_kagglehub(monkeypatch, lambda handle: pytest.fail("downloaded"))
-    asvspoof2019(find.KAGGLE_INPUT / mount / "LA" / "LA")
-    asvspoof2019(find.KAGGLE_INPUT / "another" / "LA")
-    assert only(name="awsaf49/asvpoof-2019-dataset").root == find.KAGGLE_INPUT / mount / "LA" / "LA"
+    asvspoof2019(find.kaggle_input() / mount / "LA" / "LA")
+    asvspoof2019(find.kaggle_input() / "another" / "LA")
+    assert only(name="awsaf49/asvpoof-2019-dataset").root == find.kaggle_input() / mount / "LA" / "LA"
 
 
 def test_kagglehub_absent_or_offline_is_one_clear_error(monkeypatch):

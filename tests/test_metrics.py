@@ -9,7 +9,8 @@ from sklearn.metrics import roc_auc_score
 
 from deepfake_utils.conventions import ScoreError
 from deepfake_utils.evaluation import metrics
-from deepfake_utils.evaluation.scorefile import join_scores, read_asv_scores, read_keys, read_scores
+from deepfake_utils.evaluation.scorefile import join_scores, read_asv_scores, read_scores
+from deepfake_utils.protocols import read_keys
 
 ASV_2019_EVAL = "asvspoof2019_subset/LA/ASVspoof2019_LA_asv_scores/ASVspoof2019.LA.asv.eval.gi.trl.scores.txt"
 GOOD_ASV = metrics.AsvRates(p_miss=0.02, p_fa=0.02, p_fa_spoof=0.7)

@@ -279,7 +279,7 @@ def test_a_whole_run_leaves_result_figures_and_executed_notebook(whole_run, scri
     run_dir = whole_run[1]
     result = json.loads((run_dir / script.stem / "result.json").read_text())
     assert result["notebook"] == script.stem
-    assert result["corpus"]["kind"] == "demo" and result["corpus"]["fingerprint"]
+    assert result["corpus"]["name"] == "demo" and result["corpus"]["fingerprint"]
     assert result["machine"]["python"] and result["machine"]["torch"] and result["config"]
     figures = list((run_dir / script.stem / "figures").glob("*.png"))
     assert figures and all(figure.read_bytes().startswith(b"\x89PNG") for figure in figures)

@@ -124,7 +124,8 @@ def test_a_long_breakdown_is_cut_with_a_word_about_it(case, tmp_path):
 def test_the_real_evaluation_with_its_tandem_curve(reference_data, tmp_path):
     published = reference_data / "published_scores"
     (asv,) = (reference_data / "asvspoof2019_subset").rglob("*asv.eval.gi.trl.scores.txt")
-    from deepfake_utils.evaluation.scorefile import read_keys, read_scores
+    from deepfake_utils.evaluation.scorefile import read_scores
+    from deepfake_utils.protocols import read_keys
 
     scores = read_scores(published / "rawgat_st_mul.LA.eval.txt")
     protocol = read_keys(published / "ASVspoof2019.LA.cm.eval.trl.txt")

@@ -1,13 +1,16 @@
 """Score files: every dialect read, what is written comes back, and every fault named with its place."""
 
+import gzip
 import json
+import os
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from deepfake_utils.conventions import DeepfakeUtilsError, ScoreError
+from deepfake_utils.conventions import SCORE_KINDS, DeepfakeUtilsError, ScoreError
 from deepfake_utils.evaluation import scorefile
+from deepfake_utils.protocols import read_keys
 
 NAMES = ["LA_E_1", "LA_E_2", "LA_E_3"]
 SCORES = [1.5, -2.25, 1e-05]
@@ -19,7 +22,7 @@ DIALECTS = {
     "csv, no header": "LA_E_1,1.5\nLA_E_2,-2.25\nLA_E_3,1e-05\n",
     "csv, no header, four columns": "LA_E_1,-,bonafide,1.5\nLA_E_2,A07,spoof,-2.25\nLA_E_3,A08,spoof,1e-05\n",
     "csv, header": "utterance,score\nLA_E_1,1.5\nLA_E_2,-2.25\nLA_E_3,1e-05\n",
-    "csv, header, other order": "Score,label,Filename\n1.5,1,LA_E_1\n-2.25,0,LA_E_2\n1e-05,0,LA_E_3\n",
+    "csv, header, other order": "Score,label,Filename\n1.5,real,LA_E_1\n-2.25,Fake,LA_E_2\n1e-05,fake,LA_E_3\n",
     "csv, quoted": '"utterance","score"\n"LA_E_1","1.5"\n"LA_E_2","-2.25"\n"LA_E_3","1e-05"\n',
     "asvspoof 5": "filename\tcm-score\nLA_E_1\t1.5\nLA_E_2\t-2.25\nLA_E_3\t1e-05\n",
     "asvspoof 5, track 2": (
@@ -29,6 +32,14 @@ DIALECTS = {
     "paths": (
         "path,score,logit_spoof\n/data/my clips/LA_E_1.flac,1.5,0.5\nLA_E_2.wav,-2.25,0.5\nC:\\x\\LA_E_3.mp3,1e-05,1\n"
     ),
+    "utt score key": "LA_E_1 1.5 bonafide\nLA_E_2 -2.25 spoof\nLA_E_3 1e-05 spoof\n",
+    "csv, no header, key last": "LA_E_1,1.5,Real\nLA_E_2,-2.25,fake\nLA_E_3,1e-05,fake\n",
+    "semicolons": "utterance;score\nLA_E_1;1.5\nLA_E_2;-2.25\nLA_E_3;1e-05\n",
+    "semicolons and decimal commas": "Datei;Score;utt\nx;1,5;LA_E_1\nx;-2,25;LA_E_2\nx;1e-05;LA_E_3\n",
+    "semicolons and decimal commas, no header": "LA_E_1;1,5\nLA_E_2;-2,25\nLA_E_3;0,00001\n",
+    "spaces and decimal commas": "LA_E_1 1,5\nLA_E_2 -2,25\nLA_E_3 0,00001\n",
+    "a file column with paths": "file,score\nwavs/a/LA_E_1.wav,1.5\nwavs/b/LA_E_2.wav,-2.25\nwavs/LA_E_3.wav,1e-05\n",
+    "old Mac line ends": "LA_E_1 1.5\rLA_E_2 -2.25\rLA_E_3 1e-05\r",
     "windows, byte order mark, blank lines, comments": (
         "\ufeff# by us\r\n\r\nLA_E_1 1.5\r\nLA_E_2 -2.25\r\n \r\nLA_E_3 1e-05\r\n"
     ),
@@ -59,12 +70,42 @@ class TestDialects:
         if "attack" in found.frame:
             assert found.frame["attack"].tolist() == ["-", "A07", "A08"]
 
+    @pytest.mark.parametrize("packed", ["utf-8-sig", "utf-16", "gzip", "gzip of utf-16"])
+    @pytest.mark.parametrize("dialect", ["utt key score", "csv, header", "tab, no header"])
+    def test_text_however_it_is_packed(self, tmp_path, dialect, packed):
+        content = DIALECTS[dialect].encode(packed.split()[-1] if packed != "gzip" else "utf-8")
+        path = tmp_path / "scores"
+        path.write_bytes(gzip.compress(content) if "gzip" in packed else content)
+        assert scorefile.read_scores(path).frame["score"].tolist() == SCORES
+
+    @pytest.mark.parametrize("text", ["LA_E_1 1 1.5\nLA_E_2 0 2\n", "LA_E_1 1.5 1\nLA_E_2 2.5 0\n"])
+    def test_a_number_as_key_is_refused_or_said(self, tmp_path, text):
+        with pytest.raises(ScoreError, match="line 1: the label '1' is ambiguous.*--one-is"):
+            scorefile.read_scores(write(tmp_path, text))
+        found = scorefile.read_scores(write(tmp_path, text), one_is="spoof")
+        assert found.frame["key"].tolist() == ["spoof", "bonafide"]
+        with pytest.raises(ScoreError, match="one_is must be"):
+            scorefile.read_scores(write(tmp_path, text), one_is="fake")
+
+    @pytest.mark.parametrize(("bonafide", "one_is"), [("1", "bonafide"), ("0", "spoof")])
+    def test_attacks_tell_what_a_number_means(self, tmp_path, bonafide, one_is):
+        spoof = "10"[int(bonafide)]
+        text = f"LA_E_1 - {bonafide} 1.5\nLA_E_2 A07 {spoof} 2\nLA_E_3 A08 {spoof} 2.5\n"
+        assert scorefile.read_scores(write(tmp_path, text)).frame["key"].tolist() == ["bonafide", "spoof", "spoof"]
+
+    def test_repeated_lines(self, tmp_path):
+        found = scorefile.read_scores(write(tmp_path, "a spoof 1\nb bonafide 2\na spoof 1.0\n"))
+        assert found.frame["utterance"].tolist() == ["a", "b"] and "line 3" in found.notes[0]
+        for other in ("a spoof 1.5", "a bonafide 1"):
+            with pytest.raises(ScoreError, match="line 3: 'a' has another score already"):
+                scorefile.read_scores(write(tmp_path, f"a spoof 1\nb bonafide 2\n{other}\n"))
+
     @pytest.mark.parametrize(
         ("dialect", "described"),
         [
             ("utt attack key score", "whitespace, no header: utterance attack key score"),
             ("csv, header", "comma, header: utterance score"),
-            ("asvspoof 5", "tab, header: utterance score"),
+            ("asvspoof 5", "tab, header: path score"),
             ("paths", "comma, header: path score logit_spoof"),
         ],
     )
@@ -100,7 +141,7 @@ class TestDialects:
     )
     def test_published_files_join_their_protocol(self, reference_data, name, higher_is):
         folder = reference_data / "published_scores"
-        keys = scorefile.read_keys(folder / "ASVspoof2019.LA.cm.eval.trl.txt")
+        keys = read_keys(folder / "ASVspoof2019.LA.cm.eval.trl.txt")
         trials = scorefile.join_scores(keys, scorefile.read_scores(folder / name, higher_is))
         assert len(trials) == 71_237
         assert (trials["label"] == 1).sum() == 7_355
@@ -137,6 +178,42 @@ class TestWriting:
         assert frame["n"].tolist() == [3, 4] and frame["n"].dtype == np.int64
         assert frame["size"].iloc[0] == 2.5 and np.isnan(frame["size"].iloc[1])
         assert frame["note"].tolist() == ["x", "7"]
+
+    def test_the_same_name_in_two_folders(self, tmp_path):
+        """What this package writes it reads, and joins to protocols that know more or less of the path."""
+        paths = ["/d/a/x.wav", "/d/b/x.wav", "/d/b/y.mp3", "/d/b/y.wav"]
+        frame = pd.DataFrame({"path": paths, "score": [1.0, 2.0, 3.0, 4.0]})
+        found = scorefile.read_scores(scorefile.write_scores(tmp_path / "s.csv", frame))
+        assert found.frame["utterance"].tolist() == ["a/x.wav", "b/x.wav", "b/y.mp3", "b/y.wav"]
+        for names in (
+            ["b/y.wav", "b/x.wav", "a/x.wav", "b/y.mp3"],
+            ["/e\\d\\b\\y.wav", "d/b/x.wav", "d/a/x.wav", "b/y.mp3"],
+        ):
+            protocol = pd.DataFrame({"utterance": names, "label": [1, 0, 0, 1]})
+            assert scorefile.join_scores(protocol, found)["score"].tolist() == [4.0, 2.0, 1.0, 3.0]
+
+    def test_names_are_bytes(self, tmp_path):
+        names = [
+            "a{b}.wav",
+            'say "x".wav',
+            "two\nlines.wav",
+            "carriage\rreturn",
+            "#1.wav",
+            "c,d;e\tf",
+            os.fsdecode(b"\xff.wav"),
+        ]
+        frame = pd.DataFrame({"utterance": names, "score": np.arange(7.0)})
+        path = scorefile.write_scores(tmp_path / "s.csv", frame)
+        assert b"\xff.wav" in path.read_bytes()
+        assert scorefile.read_scores(path).frame["utterance"].tolist() == names
+
+    @pytest.mark.parametrize("kind", SCORE_KINDS)
+    def test_what_the_score_is_stands_in_the_companion(self, tmp_path, kind):
+        path = scorefile.write_scores(
+            tmp_path / "s.csv", pd.DataFrame({"utterance": ["a"], "score": [1.0]}), {"score": kind}
+        )
+        assert json.loads(scorefile.companion_path(path).read_text())["score"] == SCORE_KINDS[kind]
+        assert scorefile.read_scores(path).kind == kind
 
     def test_paths_alone_give_utterances(self, tmp_path):
         frame = pd.DataFrame({"path": ["/a/x.flac", "/b/y.wav"], "score": [1.0, 2.0]})
@@ -176,13 +253,14 @@ class TestUnreadable:
             ("LA_E_1 1.5\n\nLA_E_2 spoof 2\n", r"line 3: 3 columns, expected 2 .*'LA_E_2 spoof 2'"),
             ("LA_E_1 1.5\nLA_E_2 high\n", r"line 2: score 'high' is not a finite number \(1 such"),
             ("LA_E_1 nan\nLA_E_2 inf\n", r"line 1: score 'nan' is not a finite number \(2 such"),
-            ("LA_E_1 1.5\n# x\nLA_E_1 2.5\n", r"line 3: 'LA_E_1' has a score already"),
-            ("LA_E_1 maybe 1.5\n", r"line 1: key 'maybe' is neither"),
+            ("LA_E_1 1.5\n# x\nLA_E_1 2.5\n", r"line 3: 'LA_E_1' has another score already"),
+            ("LA_E_1 maybe 1.5\n", r"line 1: unknown label 'maybe'"),
             ("a b c d 1.5\n", r"line 1: 5 columns; without a header"),
             ("1.5\n", r"line 1: 1 columns"),
+            ("utterance,score\nLA_E_1,1,5\n", r"line 2: 3 columns, expected 2.*decimal commas"),
             ("utterance,score\n", "header and no trials"),
             ("speaker,score\na,1\n", "names neither utterance nor path"),
-            ("utterance,filename,score\na,b,1\n", "mean the same"),
+            ("utt,id,score\na,b,1\n", "mean the same"),
         ],
     )
     def test_place_is_named(self, tmp_path, text, expected):
@@ -194,8 +272,8 @@ class TestUnreadable:
     def test_missing_binary_and_bad_companion(self, tmp_path):
         with pytest.raises(ScoreError, match="cannot be read: No such file"):
             scorefile.read_scores(tmp_path / "none.txt")
-        (tmp_path / "binary").write_bytes(b"\xff\xfe\x00\x01" * 9)
-        with pytest.raises(ScoreError, match="not a text file"):
+        (tmp_path / "binary").write_bytes(b"\x7fELF\x00\x01" * 9)
+        with pytest.raises(ScoreError, match="line 1: not text"):
             scorefile.read_scores(tmp_path / "binary")
         path = write(tmp_path, DIALECTS["utt score"])
         for text, expected in (("{", "is not the JSON"), ("[1]", "one JSON object, found list")):
@@ -242,11 +320,34 @@ class TestJoining:
         with pytest.raises(ScoreError, match="LA_E_1 occur more than once in the protocol"):
             scorefile.join_scores(pd.concat([protocol, protocol[:1]]), self.scores())
 
+    @pytest.mark.parametrize(
+        "names",
+        [
+            ["x/LA_E_1.flac", "x/LA_E_2.wav", "y/LA_E_3"],
+            ["C:\\clips\\LA_E_1.wav", "clips\\LA_E_2.wav", "LA_E_3.WAV"],
+            ["LA_E_1.flac", "LA_E_2.flac", "LA_E_3.flac"],
+        ],
+    )
+    def test_names_with_paths_and_suffixes(self, protocol, names):
+        assert scorefile.join_scores(protocol, self.scores(names))["score"].tolist() == [0.0, 1.0, 2.0]
+
+    def test_a_difference_of_case_is_named(self, protocol):
+        with pytest.raises(ScoreError, match="no trial in common.*upper and lower case"):
+            scorefile.join_scores(protocol, self.scores([name.lower() for name in NAMES]))
+
+    def test_a_score_column_of_the_protocol_is_replaced(self, protocol):
+        joined = scorefile.join_scores(protocol.assign(score=9.0), self.scores())
+        assert joined["score"].tolist() == [0.0, 1.0, 2.0]
+
     def test_contradiction_of_key_or_attack(self, protocol):
-        with pytest.raises(ScoreError, match="the key of 1 trials differs .*LA_E_2: 'bonafide'"):
+        with pytest.raises(
+            ScoreError, match="key of 1 trials differs .*LA_E_2: bonafide in the scores, spoof in the pro"
+        ):
             scorefile.join_scores(protocol, self.scores(key=["bonafide", "bonafide", "spoof"]))
-        with pytest.raises(ScoreError, match="the attack of 1 trials differs .*LA_E_3: 'A09'"):
+        with pytest.raises(ScoreError, match="the attack of 1 trials differs .*LA_E_3: A09"):
             scorefile.join_scores(protocol, self.scores(attack=["-", "A07", "A09"]))
+        with pytest.raises(ScoreError, match="key of 3 trials differs.*0 in the scores.*is a 1 a spoof there"):
+            scorefile.join_scores(protocol, self.scores(key=[0, 1, 1]))
         scorefile.join_scores(
             protocol, self.scores(attack=["bonafide", "A07", "-"])
         )  # says nothing, contradicts nothing
@@ -302,13 +403,22 @@ class TestAsvScores:
 
 
 class TestKeys:
+    @pytest.mark.parametrize("one_is", ["bonafide", "spoof"])
+    def test_numbers_mean_what_is_said(self, tmp_path, one_is):
+        path = write(tmp_path, "path;label\na/1.wav;1\nb/1.wav;0\n")
+        with pytest.raises(DeepfakeUtilsError, match="line 2: the label '1' is ambiguous.*one_is="):
+            read_keys(path)
+        keys = read_keys(path, one_is=one_is)
+        assert keys["label"].tolist() == ([1, 0] if one_is == "bonafide" else [0, 1])
+        assert keys["utterance"].tolist() == ["a/1", "b/1"]
+
     def test_2021_key_file(self, tmp_path):
         path = write(
             tmp_path,
             "LA_0009 LA_E_9332881 alaw ita_tx A07 spoof notrim eval\n"
             "LA_0010 LA_E_9332882 none loc_tx bonafide bonafide notrim progress\n",
         )
-        keys = scorefile.read_keys(path)
+        keys = read_keys(path)
         assert keys["label"].tolist() == [0, 1]
         assert keys["attack"].tolist() == ["A07", "-"]
         assert keys["codec"].tolist() == ["alaw", "none"]
@@ -318,12 +428,12 @@ class TestKeys:
         "text",
         [
             "filename\tcm-label\nE_1\tbonafide\nE_2\tspoof\n",
-            "path,label\n/x/E_1.flac,1\n/x/E_2.flac,0\n",
+            "path,label\n/x/E_1.flac,real\n/x/E_2.flac,fake\n",
             "key,utterance,attack\nbona-fide,E_1,-\nfake,E_2,A1\n",
         ],
     )
     def test_tables_with_a_header(self, tmp_path, text):
-        keys = scorefile.read_keys(write(tmp_path, text))
+        keys = read_keys(write(tmp_path, text))
         assert keys["utterance"].tolist() == ["E_1", "E_2"]
         assert keys["label"].tolist() == [1, 0]
         assert keys["speaker"].tolist() == ["-", "-"]
@@ -331,7 +441,7 @@ class TestKeys:
     def test_a_protocol_of_ours_written_as_csv(self, tmp_path, protocol):
         path = tmp_path / "protocol.csv"
         protocol.assign(duration_s=[1.5, 2.0, 3.0]).to_csv(path, index=False)
-        keys = scorefile.read_keys(path)
+        keys = read_keys(path)
         pd.testing.assert_frame_equal(keys[list(protocol)], protocol, check_dtype=False)
         assert keys["duration_s"].tolist() == [1.5, 2.0, 3.0]
 
@@ -339,7 +449,7 @@ class TestKeys:
     def test_refused(self, tmp_path, text):
         path = write(tmp_path, text)
         with pytest.raises(DeepfakeUtilsError, match=str(path)):
-            scorefile.read_keys(path)
+            read_keys(path)
 
 
 def test_companion_is_readable_json(tmp_path):

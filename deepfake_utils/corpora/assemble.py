@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from deepfake_utils.conventions import SPLITS
 from deepfake_utils.corpora.corpus import KINDS, Corpus
-from deepfake_utils.corpora.survey import Survey
-from deepfake_utils.corpora.trials import SPLITS
+from deepfake_utils.corpora.survey import Survey, first_line
+
+_OFFICIAL_SPEAKER = re.compile(r"[LP]A_\d{4}\s")
 
 
 def corpora_of(found: Survey) -> list[Corpus]:
@@ -24,10 +27,20 @@ def corpora_of(found: Survey) -> list[Corpus]:
     corpora.sort(key=lambda corpus: (KINDS.index(corpus.kind), len(corpus.root.parts), corpus.root))
     names: dict[str, int] = {}
     for i, corpus in enumerate(corpora):
-        stem = corpus.root.name if corpus.kind == "folder" else corpus.kind
+        stem = _name_of(corpus)
         names[stem] = names.get(stem, 0) + 1
         corpora[i] = replace(corpus, name=stem if names[stem] == 1 else f"{stem}-{names[stem]}")
     return corpora
+
+
+def _name_of(corpus: Corpus) -> str:
+    """Its kind, or the name of its folder where it only has that layout: plain folders, and what is not by ASVspoof."""
+    borrowed = corpus.kind.startswith("asvspoof2019") and not any(
+        _OFFICIAL_SPEAKER.match(first_line(path)) for path in corpus.protocols.values()
+    )
+    if not borrowed and corpus.kind != "folder":
+        return corpus.kind
+    return (corpus.root.parent if corpus.root.name in ("LA", "PA") else corpus.root).name
 
 
 def _manifest_corpus(manifest: Path) -> Corpus:
@@ -54,10 +67,7 @@ def _grouped(found: Survey) -> tuple[list[str], list[dict[str, Path]]]:
     """Kinds and {split: protocol} of each corpus: files of one folder, then the nearest ones with other splits."""
     beside: dict[tuple[str, Path], dict[str, Path]] = {}
     for marker in sorted(found.protocols, key=lambda marker: marker.path):
-        kind = marker.kind
-        if kind == "asvspoof2019_la" and any(demo in marker.path.parents for demo in found.demos):
-            kind = "demo"
-        beside.setdefault((kind, marker.path.parent), {}).setdefault(marker.split, marker.path)
+        beside.setdefault((marker.kind, marker.path.parent), {}).setdefault(marker.split, marker.path)
     kinds: list[str] = []
     groups: list[dict[str, Path]] = []
     for (kind, parent), protocols in sorted(beside.items(), key=lambda item: (-len(item[1]), item[0])):
@@ -90,7 +100,7 @@ def _owners(audio: Path, families: set[str], kinds: list[str], groups: list[dict
 def _family(kind: str, split: str) -> str:
     """How the utterance names of one split begin."""
     letter = {"train": "T", "dev": "D", "eval": "E"}[split]
-    track = "LA" if kind == "demo" else kind.partition("_")[2].upper()
+    track = kind.partition("_")[2].upper()
     return f"{track}_{letter}" if track else letter
 
 
@@ -99,7 +109,7 @@ def _year_fits(audio: Path, kind: str) -> int:
     said = {year for year in ("2019", "2021") if any(year in part for part in audio.parts)}
     if len(said) != 1 or kind == "asvspoof5":
         return 0
-    return 1 if said.pop() in kind.replace("demo", "2019") else -1
+    return 1 if said.pop() in kind else -1
 
 
 def _shared(one: Path, other: Path) -> int:
@@ -115,7 +125,6 @@ def _recordings_of(root: Path, audio: Mapping[Path, set[str]]) -> tuple[Path, ..
 
 
 def _asv_of(kind: str, protocols: dict[str, Path], found: Survey) -> dict[str, Path]:
-    kind = "asvspoof2019_la" if kind == "demo" else kind
     scores = {}
     for split, protocol in protocols.items():
         fitting = [marker.path for marker in found.asv if (marker.kind, marker.split) == (kind, split)]

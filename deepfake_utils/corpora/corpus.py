@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import pandas as pd
 
-from deepfake_utils.conventions import CorpusError
-from deepfake_utils.corpora import asvspoof, folder, in_the_wild
-from deepfake_utils.corpora.trials import SPLITS, count, drop_missing, fingerprint, text_lines
+from deepfake_utils.conventions import SPLITS, CorpusError
+from deepfake_utils.corpora import folder
+from deepfake_utils.corpora.trials import count, drop_missing, fingerprint, locate
+from deepfake_utils.files import short_names
+from deepfake_utils.protocols import LAYOUTS, read_list
 
-KINDS = (*(kind for kind in asvspoof.LAYOUTS if kind != "demo"), "in_the_wild", "folder", "demo")
+KINDS = (*LAYOUTS, "in_the_wild", "folder")
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class Corpus:
     """A corpus on disk: where its protocols, recordings and ASV scores are. `find_corpora` makes them.
 
     Attributes:
-        name: its kind, or for further corpora of one kind the kind and a number.
+        name: its kind, or where that is only a layout the folder's name; with a number if several have it.
         kind: one of KINDS.
         root: the folder that holds its protocols, or the labelled folder itself; audio may lie elsewhere.
         protocols: protocol, key, meta.csv or manifest.csv file by split; empty for a folder without a manifest.
@@ -55,13 +57,19 @@ class Corpus:
         lists = {name: self.protocols.get(name, self.root) for name in SPLITS}
         return drop_missing(table, allow_missing, lists, self.folders).assign(corpus=self.name)
 
-    @property
+    @cached_property
     def splits(self) -> tuple[str, ...]:
-        """Its splits, in the order train, dev, eval."""
-        if self.protocols and self.kind != "folder":
-            return tuple(split for split in SPLITS if split in self.protocols)
-        present = set(self._read(None)["split"])
-        return tuple(split for split in SPLITS if split in present)
+        """Its splits, in the order train, dev, eval; looked up once."""
+        return tuple(split for split in SPLITS if split in (self._named or {"eval"}))
+
+    @property
+    def names_splits(self) -> bool:
+        """Whether anything says which trials are which split; otherwise all are eval."""
+        return bool(self._named)
+
+    @cached_property
+    def _named(self) -> set[str]:
+        return set(self.protocols) if self.kind in LAYOUTS else set(self._rows(None)["split"]) - {""}
 
     def asv_scores(self, split: str) -> Path | None:
         """The official ASV score file of a split, for the t-DCF; None where the corpus has none."""
@@ -78,42 +86,31 @@ class Corpus:
 
     def _read(self, split: str | None) -> pd.DataFrame:
         """All trials, "" where a recording is missing."""
-        if self.kind in asvspoof.LAYOUTS:
-            wanted = self.protocols if split is None else {s: p for s, p in self.protocols.items() if s == split}
-            table = asvspoof.read(self.kind, wanted, self.folders) if wanted else None
-        elif self.kind == "in_the_wild":
-            table = in_the_wild.read(self.protocols["eval"], self.folders["eval"])
-        elif self.protocols:
-            table = folder.read_manifest(next(iter(self.protocols.values())))
-        else:
-            table = folder.read_folders(self.root)
-        if split is not None and table is not None:
-            table = table[table["split"] == split].reset_index(drop=True)
+        table = self._rows(split)
+        if table is not None:
+            table["split"] = table["split"].replace("", "eval")
+            table = table if split is None else table[table["split"] == split].reset_index(drop=True)
         if table is None or table.empty:
             raise CorpusError(f"{self.name} in {self.root} has no split {split!r}; it has {', '.join(self.splits)}")
         return table
 
+    def _rows(self, split: str | None) -> pd.DataFrame | None:
+        """The trials of at least the split, as what lists them says: "" is the split where none is named."""
+        if self.kind in LAYOUTS:
+            wanted = [name for name in SPLITS if name in self.protocols and split in (None, name)]
+            tables = [read_list(self.protocols[name], self.kind).assign(split=name) for name in wanted]
+            for name, table in zip(wanted, tables, strict=True):
+                table["path"] = _located(table["utterance"], self.folders.get(name, ()))
+            return pd.concat(tables, ignore_index=True) if tables else None
+        if self.kind == "in_the_wild":
+            table = read_list(self.protocols["eval"])
+            names = short_names(table["utterance"])
+            return table.assign(utterance=names, path=_located(names, self.folders["eval"]), split="")
+        if self.protocols:
+            return folder.read_manifest(next(iter(self.protocols.values())))
+        return folder.read_folders(self.root)
 
-def read_protocol_file(path: str | os.PathLike, split: str = "eval") -> pd.DataFrame:
-    """Read a protocol by itself, for evaluating scores where the audio is not at hand.
 
-    Args:
-        path: an official ASVspoof protocol or key file, In-the-Wild's meta.csv, a manifest.csv, or a protocol table
-            that was written as CSV (columns utterance and label at least).
-        split: what to write in the `split` column where the file does not say.
-
-    Returns:
-        Protocol table; `path` is "" except where the file itself names recordings that exist.
-
-    Raises:
-        CorpusError: naming file and line: not text, wrong number of columns, unknown label, duplicate utterance.
-    """
-    path = Path(path)
-    header = {word.strip().strip('"').lower() for word in text_lines(path)[0].split(",")}
-    if header >= in_the_wild.MARKER_COLUMNS:
-        table = in_the_wild.read(path, ())
-    elif header >= folder.MARKER_COLUMNS or header >= {"utterance", "label"}:
-        table = folder.read_manifest(path)
-    else:
-        table = asvspoof.read_list(path, split)
-    return table.drop(columns="line")
+def _located(utterances, folders) -> list[str]:
+    found = locate(utterances, folders)
+    return [found.get(utterance, "") for utterance in utterances]

@@ -5,10 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from deepfake_utils.conventions import BONAFIDE, SPOOF, ConfigError, CorpusError
+from deepfake_utils.conventions import (
+    BONAFIDE,
+    SPLITS,
+    SPOOF,
+    UNKNOWN_SPEAKER,
+    UNKNOWN_WORDS,
+    ConfigError,
+    CorpusError,
+)
 from deepfake_utils.corpora.corpus import Corpus
-from deepfake_utils.corpora.folder import assign_splits
-from deepfake_utils.corpora.trials import SPLITS, UNKNOWN_SPEAKER
+from deepfake_utils.files import match_names
 
 SHARES = (0.6, 0.2, 0.2)  # of train, dev and eval, where they are drawn
 
@@ -24,7 +31,7 @@ def divide(corpus: Corpus, seed: int) -> tuple[list[pd.DataFrame], str]:
     """
     if "train" in corpus.splits:
         return [corpus.protocol(split) for split in SPLITS], f"The splits are {corpus.name}'s own."
-    if corpus.kind not in ("folder", "in_the_wild"):
+    if corpus.names_splits:
         raise CorpusError(
             f"{corpus.name} in {corpus.root} is a test set: it has {', '.join(corpus.splits)} and no train; train on "
             "another corpus (ASVspoof 2019 LA for 2021), and test on this one with notebook 03, data= this folder, "
@@ -44,6 +51,51 @@ def divide(corpus: Corpus, seed: int) -> tuple[list[pd.DataFrame], str]:
         f"Nothing here names a train split, so splits were drawn (seed {seed}): {shares}; {speakers}. "
         "Attacks are not kept apart."
     )
+
+
+def assign_splits(
+    protocol: pd.DataFrame,
+    fractions: tuple[float, float, float],
+    seed: int,
+    by: str = "speaker",
+) -> pd.DataFrame:
+    """Divide trials into train, dev and eval so that no speaker is in two of them.
+
+    Whole groups are dealt out in random order, each to the split that lacks most of its share of that group's label.
+
+    Args:
+        protocol: any protocol table.
+        fractions: shares of train, dev and eval, each >= 0, adding up to 1; a share of 0 gives no trial.
+        seed: of the deal; the same seed and trials give the same splits, whatever the order of the rows.
+        by: column whose equal values stay together; trials that have `-` there (an unknown speaker, or with "attack"
+            bona fide) are dealt one by one.
+
+    Returns:
+        A copy of `protocol` with new values in `split`.
+
+    Raises:
+        ConfigError: the fractions are no fractions, or `by` is not a column.
+    """
+    if len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-9:
+        raise ConfigError(f"fractions {fractions}: expected three shares of train, dev and eval that add up to 1")
+    if by not in protocol.columns:
+        raise ConfigError(f"by={by!r} is not a column of the protocol; it has {', '.join(protocol.columns)}")
+    group = protocol[by].where(protocol[by] != UNKNOWN_SPEAKER, "- " + protocol["utterance"])
+    counts = pd.crosstab(group, protocol["label"])  # groups in sorted order, so the deal ignores the order of rows
+    wanted = np.outer(fractions, counts.sum().to_numpy(float))
+    dealt = np.zeros_like(wanted)
+    sizes = counts.to_numpy(float)
+    share = sizes / sizes.sum(axis=0)
+    order = np.random.default_rng(seed).permutation(len(sizes))
+    order = order[np.argsort(-sizes[order].sum(axis=1), kind="stable")]  # large ones first: small ones even out
+    splits = {}
+    for i in order:
+        lack = ((wanted - dealt) / np.maximum(wanted, 1e-12) * (wanted > 0)) @ share[i]
+        lack[np.asarray(fractions) == 0] = -np.inf
+        chosen = int(np.argmax(lack))
+        dealt[chosen] += sizes[i]
+        splits[counts.index[i]] = SPLITS[chosen]
+    return protocol.assign(split=group.map(splits))
 
 
 def balanced_subset(protocol: pd.DataFrame, n: int, seed: int) -> pd.DataFrame:
@@ -69,7 +121,8 @@ def scored_part(protocol: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
     A file may hold several splits, and a run may have scored a part of one. `len` says how many there are; none is an
     empty frame.
     """
-    known = scores.drop_duplicates("utterance").set_index("utterance")["score"]
+    known = scores.assign(utterance=match_names(protocol["utterance"], scores["utterance"]))
+    known = known.drop_duplicates("utterance").set_index("utterance")["score"]
     part = protocol[protocol["utterance"].isin(known.index)].reset_index(drop=True)
     return part.assign(score=known.reindex(part["utterance"]).to_numpy(np.float64))
 
@@ -85,7 +138,7 @@ def split_by_speaker(trials: pd.DataFrame, seed: int) -> tuple[pd.DataFrame, pd.
 
     No speaker is in both; where speakers are not known, trials are divided.
     """
-    unknown = trials["speaker"].astype(str).isin(("", "-", "unknown", "nan", "None")).any()
+    unknown = trials["speaker"].astype(str).isin(UNKNOWN_WORDS).any()
     groups = trials["utterance" if unknown else "speaker"].to_numpy(dtype=str)
     chosen = np.random.default_rng(seed).permutation(np.unique(groups))
     first = pd.Series(groups).isin(chosen[: len(chosen) // 2]).to_numpy()

@@ -12,8 +12,6 @@ from deepfake_utils.corpora.assemble import corpora_of
 from deepfake_utils.corpora.corpus import Corpus
 from deepfake_utils.corpora.survey import Survey, survey
 
-KAGGLE_INPUT = Path(os.environ.get("DEEPFAKE_KAGGLE_INPUT", "/kaggle/input"))
-
 # Public Kaggle datasets known to hold these corpora; their misspelt names are their real ones.
 KAGGLE_DATASETS = {
     "ASVspoof 2019 LA and PA": "awsaf49/asvpoof-2019-dataset",
@@ -21,6 +19,11 @@ KAGGLE_DATASETS = {
     "In-the-Wild": "abdallamohamed312/in-the-wild-audio-deepfake",
 }
 _PARENT_DEPTH = 4  # how far beside a given folder its protocols or recordings may lie
+
+
+def kaggle_input() -> Path:
+    """Where Kaggle mounts data sets; the environment variable DEEPFAKE_KAGGLE_INPUT names another place."""
+    return Path(os.environ.get("DEEPFAKE_KAGGLE_INPUT", "/kaggle/input"))
 
 
 def find_corpora(*folders: str | os.PathLike, name: str | None = None) -> list[Corpus]:
@@ -68,7 +71,7 @@ def _places(folders: tuple[str | os.PathLike, ...], name: str | None) -> Iterato
     else:
         if named := [Path(place) for place in os.environ.get("DEEPFAKE_DATA", "").split(os.pathsep) if place]:
             yield "DEEPFAKE_DATA", named
-        yield "Kaggle", [KAGGLE_INPUT]
+        yield "Kaggle", [kaggle_input()]
         yield "here", [Path("data").absolute()]
 
 
@@ -93,7 +96,7 @@ def _with_other_half(found: Survey) -> list[Corpus]:
 def _kaggle_dataset(handle: str) -> Path:
     """The folder of a public Kaggle dataset: its mount in either style, or a download."""
     owner, _, slug = handle.strip("/").partition("/")
-    for mount in (KAGGLE_INPUT / "datasets" / owner / slug, KAGGLE_INPUT / slug):
+    for mount in (kaggle_input() / "datasets" / owner / slug, kaggle_input() / slug):
         if slug and mount.is_dir():
             return mount
     by_hand = f"or download https://www.kaggle.com/datasets/{handle} by hand and pass its folder"

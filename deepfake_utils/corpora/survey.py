@@ -14,26 +14,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from deepfake_utils.conventions import BONAFIDE, SPOOF
-from deepfake_utils.corpora import folder, in_the_wild
-from deepfake_utils.corpora.asvspoof import recognise_line
-from deepfake_utils.corpora.trials import label_of, split_audio_name
+from deepfake_utils.conventions import BONAFIDE, SPOOF, label_of
+from deepfake_utils.files import decode, is_hidden, split_audio_name
+from deepfake_utils.protocols import column_names, recognise_line, split_of
 
 MAX_DEPTH = 9  # /kaggle/input/datasets/<owner>/<slug>/LA/LA/ASVspoof2019_LA_train/flac is 7 below /kaggle/input
 MAX_FOLDERS = 20_000
 FILES_ENOUGH = 1_000
 LABEL_FOLDERS_TRIED = 100
 
-DEMO_MARKER = "DEMO.json"
-_PROTOCOL_2019 = re.compile(r"(?:asvspoof2019|demo)[._](la|pa)[._]cm[._](train|dev|eval)[._]tr[nl]\.txt")
-_ASV_2019 = re.compile(r"(?:asvspoof2019|demo)[._](la|pa)[._]asv[._](train|dev|eval)[._].*scores\.txt")
+_PROTOCOL_2019 = re.compile(r"asvspoof2019[._](la|pa)[._]cm[._](train|dev|eval)[._]tr[nl]\.txt")
+_ASV_2019 = re.compile(r"asvspoof2019[._](la|pa)[._]asv[._](train|dev|eval)[._].*scores\.txt")
 _PROTOCOL_5 = re.compile(r"asvspoof5[._](train|dev|eval)(?:[._](?:track_?1|metadata))?\.(?:tsv|txt)")
 _KEYS_2021, _ASV_2021 = "trial_metadata.txt", "score.txt"
 _UTTERANCE_FAMILY = re.compile(r"((?:LA|PA|DF)_[TDE]|[TDE])_\d+")
 
 # Asked for by name in folders whose listing was cut short.
 _BY_NAME = (
-    DEMO_MARKER,
     "meta.csv",
     "manifest.csv",
     _KEYS_2021,
@@ -61,7 +58,6 @@ class Survey:
         audio: folders that hold recordings, with the families of their names ("LA_T", "DF_E", "T", ...).
         metas, manifests: meta.csv of In-the-Wild, manifest.csv of plain folders.
         labelled: plain folders with bonafide/ and spoof/, directly or in split folders.
-        demos: folders marked as demo corpora.
         notes: one line a place, for the message when nothing is found.
     """
 
@@ -72,7 +68,6 @@ class Survey:
     metas: list[Path] = field(default_factory=list)
     manifests: list[Path] = field(default_factory=list)
     labelled: list[Path] = field(default_factory=list)
-    demos: list[Path] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -131,6 +126,8 @@ def _list(path: str) -> _Listing:
     files, inside, families, n_audio = [], [], set(), 0
     with os.scandir(path) as entries:
         for entry in entries:
+            if is_hidden(entry.name):
+                continue
             stem, suffix = split_audio_name(entry.name)
             if suffix:
                 n_audio += 1
@@ -138,7 +135,7 @@ def _list(path: str) -> _Listing:
                     families.add(match[1])
             elif not _is_folder(entry):
                 files.append(entry.name)
-            elif not entry.name.startswith(".") and entry.name.lower() not in _NEVER:
+            elif entry.name.lower() not in _NEVER:
                 inside.append(entry)
             if n_audio + len(files) >= FILES_ENOUGH:
                 files.extend(name for name in _BY_NAME if os.path.isfile(os.path.join(path, name)))
@@ -197,34 +194,33 @@ def _note_file(path: Path, found: Survey) -> None:
     elif match := _PROTOCOL_5.fullmatch(name):
         found.protocols.append(Marker("asvspoof5", match[1], path))
     elif name == _KEYS_2021 and path.parent.name.lower() != "asv":
-        kind = recognise_line(_first_line(path))
+        kind = recognise_line(first_line(path))
         if kind in ("asvspoof2021_la", "asvspoof2021_df"):
             found.protocols.append(Marker(kind, "eval", path))
     elif name == _ASV_2021 and path.parent.parent.name.lower() == "asv":
         track = path.parent.parent.parent.name.lower()
         if track in ("la", "df"):
             found.asv.append(Marker(f"asvspoof2021_{track}", "eval", path))
-    elif name == "meta.csv" and _has_columns(path, in_the_wild.MARKER_COLUMNS):
+    elif name == "meta.csv" and _has_columns(path, {"path", "speaker", "label"}):
         found.metas.append(path)
-    elif name == "manifest.csv" and _has_columns(path, folder.MARKER_COLUMNS):
+    elif name == "manifest.csv" and _has_columns(path, {"path", "label"}):
         found.manifests.append(path)
-    elif name == DEMO_MARKER.lower():
-        found.demos.append(path.parent)
 
 
-def _first_line(path: Path) -> str:
+def first_line(path: Path) -> str:
+    """The first line of a text file, "" where there is none to read."""
     try:
         with path.open("rb") as file:
-            return file.readline(4096).decode("utf-8-sig", errors="replace")
-    except OSError:
+            return decode(file.read(4096), names_are_bytes=True).partition("\n")[0]
+    except (OSError, UnicodeDecodeError):
         return ""
 
 
 def _has_columns(path: Path, wanted: set[str]) -> bool:
-    return wanted <= {word.strip().strip('"').lower() for word in _first_line(path).split(",")}
+    return wanted <= set(column_names([word.strip(' "\r') for word in re.split("[,;\t]", first_line(path))]))
 
 
 def _roots(labelled: list[Path], places: list[Path]) -> list[Path]:
     """Roots of plain folders: train/ and eval/ that hold label folders make one corpus, their parent (if surveyed)."""
     starts = {place.absolute() for place in places}
-    return sorted({path.parent if folder.split_of(path.name) and path not in starts else path for path in labelled})
+    return sorted({path.parent if split_of(path.name) and path not in starts else path for path in labelled})

@@ -1,8 +1,7 @@
-"""What all corpus readers share: numbered text lines, audio listings, and the finished protocol table."""
+"""What all corpora share: recordings found for their trials, the missing ones named, counts and fingerprints."""
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import os
 import warnings
@@ -11,25 +10,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from deepfake_utils.conventions import (
-    AUDIO_SUFFIXES,
-    BONAFIDE,
-    LABEL_NAMES,
-    NO_ATTACK,
-    PROTOCOL_COLUMNS,
-    SPOOF,
-    CorpusError,
-)
+from deepfake_utils.conventions import AUDIO_SUFFIXES, LABEL_NAMES, SPLITS, CorpusError
+from deepfake_utils.files import split_audio_name
 
-SPLITS = ("train", "dev", "eval")
-UNKNOWN_SPEAKER = "-"
-UNKNOWN_ATTACK = "unknown"
 CHANCE_AGREEMENT = 0.1  # of the names in a folder or of those wanted, whichever are fewer
-
-LABEL_WORDS = {  # as people write them, letters only
-    **dict.fromkeys(("bonafide", "real", "genuine", "human", "authentic"), BONAFIDE),
-    **dict.fromkeys(("spoof", "spoofed", "fake", "deepfake", "synthetic", "generated"), SPOOF),
-}
 
 
 class Utterances(tuple):
@@ -39,67 +23,6 @@ class Utterances(tuple):
 
     def __deepcopy__(self, memo) -> Utterances:
         return self
-
-
-def label_of(word: str) -> int | None:
-    """1 for bona fide, 0 for spoof, however it is written; None for any other word.
-
-    >>> label_of("bona-fide"), label_of("Fake"), label_of("test")
-    (1, 0, None)
-    """
-    return LABEL_WORDS.get("".join(filter(str.isalpha, word.lower())))
-
-
-def split_audio_name(name: str) -> tuple[str, str]:
-    """Stem and suffix of an audio file's name; ("", "") if its suffix is not one of audio."""
-    stem, dot, suffix = name.rpartition(".")
-    return (stem, dot + suffix) if dot and dot + suffix.lower() in AUDIO_SUFFIXES else ("", "")
-
-
-def text_lines(path: Path) -> list[str]:
-    """The lines of a text file.
-
-    Raises:
-        CorpusError: the file is missing, unreadable, empty, or not text; the line is named.
-    """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise CorpusError(f"{path} cannot be read: {error.strerror}") from None
-    try:
-        if b"\0" in content:
-            raise UnicodeDecodeError("utf-8", content, content.index(b"\0"), 0, "binary zero")
-        lines = content.decode("utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise CorpusError(
-            f"{path} line {line}: not text ({error.reason}); it is damaged or is no protocol, download it again"
-        ) from None
-    if not any(line.strip() for line in lines):
-        raise CorpusError(f"{path} is empty; download it again")
-    return lines
-
-
-def csv_rows(path: Path, columns: Collection[str]) -> Iterator[tuple[int, dict[str, str]]]:
-    """Rows of a comma-separated file with a header, each with its line number.
-
-    Raises:
-        CorpusError: not text, a column of `columns` is absent, or a row has too few or too many fields.
-    """
-    reader = csv.DictReader(text_lines(path), strict=True, skipinitialspace=True)
-    reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
-    if absent := set(columns) - set(reader.fieldnames):
-        raise CorpusError(f"{path} line 1: no column {', '.join(sorted(absent))}; its columns are {reader.fieldnames}")
-    try:
-        for row in reader:
-            if None in row or None in row.values():
-                raise CorpusError(
-                    f"{path} line {reader.line_num}: not {len(reader.fieldnames)} fields; "
-                    "the file is truncated or damaged"
-                )
-            yield reader.line_num, row
-    except csv.Error as error:
-        raise CorpusError(f"{path} line {reader.line_num + 1}: {error}; the file is truncated or damaged") from None
 
 
 def audio_names(folder: Path) -> Iterator[str]:
@@ -150,12 +73,16 @@ def _rank(name: str) -> tuple[int, str]:
     return AUDIO_SUFFIXES.index(split_audio_name(name)[1].lower()), name
 
 
-def make_table(rows: dict[str, list], corpus: str) -> pd.DataFrame:
-    """Columns in the project's order, extras after them, `label` int64; `path` is "" where the audio is missing."""
-    table = pd.DataFrame({**rows, "corpus": corpus})
-    table["label"] = table["label"].astype("int64")
-    extras = [column for column in table.columns if column not in PROTOCOL_COLUMNS]
-    return table[[*PROTOCOL_COLUMNS, *extras]]
+def near_miss(name: str, folder: Path) -> str:
+    """A recording below `folder` whose path differs from `name` in upper and lower case or suffix only, else ""."""
+    *inside, last = name.replace("\\", "/").split("/")
+    try:
+        for part in inside:
+            folder = next(folder / found for found in os.listdir(folder) if found.lower() == part.lower())
+    except (OSError, StopIteration):
+        return ""
+    wanted = (split_audio_name(last)[0] or last).lower()
+    return next((str(folder / n) for n in audio_names(folder) if split_audio_name(n)[0].lower() == wanted), "")
 
 
 def drop_missing(
@@ -167,7 +94,7 @@ def drop_missing(
     """Enforce that every trial has its recording, or drop those without and say which.
 
     Args:
-        table: from `make_table`, with a `line` column that is removed here.
+        table: from `protocols`, with a `line` column that is removed here.
         allow_missing: drop instead of raising.
         lists: the protocol file of each split, for the message.
         folders: the folders searched for each split, for the message.
@@ -189,7 +116,10 @@ def drop_missing(
     where = f"{lists[first['split']]} line {first['line']}"
     if kept.empty or not allow_missing:
         advice = "attach the audio" if kept.empty else "attach the rest, or pass allow_missing=True to go on without"
-        raise CorpusError(f"{where}: no recording of {first['utterance']}. In all: {text}. To do: {advice}")
+        places = folders.get(first["split"], ())
+        near = next(filter(None, (near_miss(first["utterance"], Path(folder)) for folder in places)), "")
+        but = f", but {near} is there: the names must be alike" if near else ""
+        raise CorpusError(f"{where}: no recording of {first['utterance']}{but}. In all: {text}. To do: {advice}")
     warnings.warn(f"{text}; these trials are dropped (all names in frame.attrs['dropped'])", stacklevel=3)
     return kept
 
@@ -216,14 +146,14 @@ def fingerprint(protocol: pd.DataFrame) -> str:
     """
     columns = ["split", "utterance", "label", "attack", "speaker"]
     rows = sorted(map("\t".join, protocol[columns].astype(str).itertuples(index=False, name=None)))
-    return hashlib.sha256("\n".join(rows).encode()).hexdigest()[:12]
+    return hashlib.sha256("\n".join(rows).encode("utf-8", "surrogateescape")).hexdigest()[:12]
 
 
 def count(table: pd.DataFrame) -> pd.DataFrame:
     """Trials by split, label and attack, with the recordings that are missing.
 
     Args:
-        table: from `make_table` (a missing recording has an empty path).
+        table: from `protocols.make_table` (a missing recording has an empty path).
 
     Returns:
         Columns split, label ("bonafide" or "spoof"), attack, trials, missing; official order of splits.
@@ -234,10 +164,3 @@ def count(table: pd.DataFrame) -> pd.DataFrame:
     counts["label"] = counts["label"].map(LABEL_NAMES)
     counts = counts.rename(columns={"size": "trials", "sum": "missing"}).drop(columns="order")
     return counts.astype({"trials": "int64", "missing": "int64"})
-
-
-def attack_or_none(label: int, attack: str) -> str:
-    """`-` for bona fide whatever the corpus writes there; a spoof without a name gets UNKNOWN_ATTACK."""
-    if label == BONAFIDE:
-        return NO_ATTACK
-    return attack if attack and attack != NO_ATTACK else UNKNOWN_ATTACK

@@ -106,7 +106,7 @@ def build_demo(folder: str | os.PathLike, *, seed: int = 0, scale: float = 1.0) 
                 _build(folder, settings)
     return Corpus(
         name="demo",
-        kind="demo",
+        kind="asvspoof2019_la",
         root=folder / "LA",
         protocols={split: _protocol_path(folder, split) for split in SPLITS},
         folders={split: (_audio_folder(folder, split),) for split in SPLITS},

@@ -255,11 +255,9 @@ def operating_point(
     names = ("p_miss", "p_fa", "dcf", "min_dcf")
     result = {"llr_threshold": threshold, **dict.fromkeys(f"{name}_ci" for name in names)}
     result |= dict(zip(names, rates(*metrics.check_trials(llrs, labels)), strict=True))
-    if n_bootstrap:
-        _, low, high = intervals.bootstrap(
-            rates, llrs, labels, clusters, n=n_bootstrap, seed=seed, confidence=confidence
-        )
-        result |= {f"{name}_ci": [float(a), float(b)] for name, a, b in zip(names, low, high, strict=True)}
+    found = intervals.interval_or_none(rates, llrs, labels, clusters, n_bootstrap, seed, confidence=confidence)
+    if found is not None:
+        result |= {f"{name}_ci": [float(a), float(b)] for name, a, b in zip(names, *found[1:], strict=True)}
     return result
 
 

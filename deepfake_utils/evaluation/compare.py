@@ -7,7 +7,6 @@ as bona fide from the threshold on; thresholds, directions and fits come from de
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -17,18 +16,7 @@ from scipy.stats import binomtest, spearmanr
 from deepfake_utils.conventions import BONAFIDE, SPOOF, ScoreError
 from deepfake_utils.evaluation import intervals, metrics
 from deepfake_utils.evaluation.calibration import Calibration, fit_calibration
-
-
-def interval_or_none(metric, scores, labels, clusters, n_bootstrap: int, seed: int) -> intervals.Interval | None:
-    """Return the bootstrap interval, by trial where the speakers cannot carry it; None where nothing can."""
-    for groups in (clusters, None) if clusters is not None else (None,):
-        try:
-            return (
-                intervals.bootstrap(metric, scores, labels, groups, n=n_bootstrap, seed=seed) if n_bootstrap else None
-            )
-        except ScoreError:  # a class with a single speaker, or a single trial
-            continue
-    return None
+from deepfake_utils.evaluation.evaluate import known_speakers
 
 
 def rejections(by_speaker: dict, confidence: float = 0.95) -> pd.DataFrame:
@@ -50,15 +38,16 @@ def rejections(by_speaker: dict, confidence: float = 0.95) -> pd.DataFrame:
 def hardest(trials: pd.DataFrame, threshold: float, n: int) -> pd.DataFrame:
     """Return the n spoofs that score highest and the n bona fide trials that score lowest.
 
-    trials: protocol with a column score. Added columns: kind ("false alarm", "miss", or "nearest spoof" and
-    "nearest bona fide" where the threshold still decides rightly), margin (how far on the wrong side, negative: not).
+    trials: protocol with a column score. Added columns: kind ("fake accepted", "real rejected", or "nearest
+    fake" and "nearest real" where the threshold still decides rightly), margin (how far on the wrong side, negative:
+    not).
     """
     spoof = trials[trials["label"] == SPOOF].nlargest(n, "score")
     bonafide = trials[trials["label"] == BONAFIDE].nsmallest(n, "score")
     spoof = spoof.assign(margin=spoof["score"] - threshold)
     bonafide = bonafide.assign(margin=threshold - bonafide["score"])
-    spoof["kind"] = np.where(spoof["score"] >= threshold, "false alarm", "nearest spoof")
-    bonafide["kind"] = np.where(bonafide["score"] < threshold, "miss", "nearest bona fide")
+    spoof["kind"] = np.where(spoof["score"] >= threshold, "fake accepted", "nearest fake")
+    bonafide["kind"] = np.where(bonafide["score"] < threshold, "real rejected", "nearest real")
     return pd.concat([spoof, bonafide], ignore_index=True)
 
 
@@ -172,9 +161,7 @@ def compare(
     return pd.DataFrame.from_dict(rows, orient="index").reindex(columns=columns)
 
 
-def speakers_of(
-    trials: pd.DataFrame, unknown: Sequence[str] = ("", "-", "unknown", "nan", "None")
-) -> np.ndarray | None:
+def speakers_of(trials: pd.DataFrame) -> np.ndarray | None:
     """Return each trial's speaker as text for a clustered bootstrap, or None where any is unknown."""
-    speakers = trials["speaker"].astype(str)
-    return None if speakers.isin(list(unknown)).any() else speakers.to_numpy(dtype=str)
+    speakers = known_speakers(trials)
+    return None if speakers is None or speakers.isna().any() else speakers.to_numpy(dtype=str)

@@ -83,6 +83,18 @@ def bootstrap(
     return Interval(value if np.ndim(value) == 0 else np.asarray(value), low, high)
 
 
+def interval_or_none(
+    metric: Metric, scores: ArrayLike, labels: ArrayLike, clusters: ArrayLike | None, n: int, seed: int, **settings
+) -> Interval | None:
+    """Return the bootstrap interval, by trial where the speakers cannot carry it; None where nothing can, or n is 0."""
+    for groups in (clusters, None) if clusters is not None else (None,):
+        try:
+            return bootstrap(metric, scores, labels, groups, n=n, seed=seed, **settings) if n else None
+        except ScoreError:  # a class with a single speaker, or a single trial
+            continue
+    return None
+
+
 def paired_difference(
     metric: Metric,
     scores_a: ArrayLike,
@@ -142,8 +154,9 @@ class _Trials:
         for of_class, name in zip(self.of_class, ("spoof", "bona fide"), strict=True):
             if np.count_nonzero(of_class) < 2:
                 raise ScoreError(
-                    f"all {name} trials belong to one speaker, so nothing can be said about another; "
-                    "clusters=None gives the interval that takes trials as independent (too narrow)"
+                    f"there is a single {name} trial, which cannot be resampled"
+                    if clusters is None
+                    else f"all {name} trials belong to one speaker, so nothing can be said about another"
                 )
         order = np.argsort(scores, kind="stable")
         self.scores, self.labels, self.codes = scores[order], labels[order], codes[order]

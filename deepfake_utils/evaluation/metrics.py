@@ -91,7 +91,7 @@ def check_trials(scores: ArrayLike, labels: ArrayLike) -> tuple[np.ndarray, np.n
     is_bonafide, is_spoof = labels == 1, labels == 0
     if not np.all(is_bonafide | is_spoof):
         other = labels[~(is_bonafide | is_spoof)][0]
-        raise ScoreError(f"labels must be 1 (bona fide) or 0 (spoof), found {other!r}")
+        raise ScoreError(f"labels must be 1 (bona fide) or 0 (spoof), found {other}")
     if not is_bonafide.any() or not is_spoof.any():
         raise ScoreError(
             f"both classes are needed, found {is_bonafide.sum()} bona fide and {is_spoof.sum()} spoof trials"

@@ -1,13 +1,13 @@
 """Read, write and join score files: the one place that knows how people write countermeasure scores down.
 
 Dialects read (recognised by content, never by file name)
-    whitespace, no header   utterance score | utterance key score | utterance attack key score
-    comma separated         the same columns with or without a header
-    tab separated           with or without a header, e.g. ASVspoof 5's `filename<TAB>cm-score`
-A header names its columns; a `path` column gives the utterance by its file stem. Lines starting with # and
-empty lines carry nothing. What this package writes is CSV with a header and, beside it, `<file>.json`
-saying what the score is. Vectors without utterance names (.mat in protocol order) are not read: nothing
-would notice a wrong order.
+    no header   utterance score | utterance score key | utterance key score | utterance attack key score
+    header      names its columns in any order, e.g. ASVspoof 5's `filename<TAB>cm-score`
+separated by white space, tabs, commas or semicolons (then perhaps with decimal commas), in UTF-8 or UTF-16, packed with
+gzip or not. Recordings may be named by paths: `files.short_names` of them are the utterances, and `join_scores` uses
+as much of a path as the protocol has. Lines starting with # and empty lines carry nothing. What this package writes is
+CSV with a header and, beside it, `<file>.json` saying what the score is. Vectors without utterance names (.mat in
+protocol order) are not read: nothing would notice a wrong order.
 """
 
 from __future__ import annotations
@@ -15,46 +15,33 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePath
-from typing import NamedTuple
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from deepfake_utils.conventions import BONAFIDE, LABEL_NAMES, NO_ATTACK, SPOOF, ScoreError
-from deepfake_utils.files import atomic_write
+from deepfake_utils.conventions import (
+    LABEL_NAMES,
+    NO_ATTACK,
+    SCORE_KINDS,
+    SPOOF,
+    UNKNOWN_WORDS,
+    ScoreError,
+    label_of,
+)
+from deepfake_utils.files import Rows, atomic_write, is_decimal_comma, match_names, read_rows, short_names
+from deepfake_utils.protocols import column_names, labels_of, numbers_if_all_are
 
-KEYS = {
-    **dict.fromkeys(("bonafide", "bona-fide", "bona_fide", "genuine", "human", "real", "1"), BONAFIDE),
-    **dict.fromkeys(("spoof", "spoofed", "fake", "0"), SPOOF),
-}
-_ALIASES = {
-    "utterance": (
-        "utterance",
-        "utt",
-        "utt_id",
-        "utterance_id",
-        "filename",
-        "file",
-        "file_name",
-        "trial",
-        "id",
-    ),
-    "path": ("path", "filepath", "file_path"),
-    "score": ("score", "cm-score", "cm_score", "scores", "cmscore"),
-    "key": ("key", "label", "cm-label", "cm_label"),
-    "attack": ("attack", "attack_id", "system"),
-}
-_COLUMN_OF = {alias: column for column, aliases in _ALIASES.items() for alias in aliases}
 _HEADERLESS = {
     2: ("utterance", "score"),
-    3: ("utterance", "key", "score"),
-    4: ("utterance", "attack", "key", "score"),
+    3: ("utterance", "label", "score"),
+    4: ("utterance", "attack", "label", "score"),
 }
+_KEY_LAST = ("utterance", "score", "label")  # of three columns, where the last one is a word for a label
 _ASV_KEYS = {"target", "nontarget", "spoof"}
-_UNNAMED = (NO_ATTACK, "unknown", "spoof")  # attacks that say nothing
+_UNNAMED = (*UNKNOWN_WORDS, "spoof", "bonafide")  # attacks that say nothing
+_TEXT = ("utterance", "path", "attack", "speaker", "split", "corpus")
 _SHOWN = 3  # trials named in an error
 
 
@@ -67,6 +54,12 @@ class Scores:
     higher_is: str = "bonafide"
     path: Path | None = None
     meta: dict = field(default_factory=dict)  # what the JSON companion says
+    notes: tuple[str, ...] = ()  # what a reader should know, such as repeated lines
+
+    @property
+    def kind(self) -> str | None:
+        """What the scores are, a key of conventions.SCORE_KINDS, where the companion says so."""
+        return next((kind for kind, text in SCORE_KINDS.items() if self.meta.get("score") == text), None)
 
 
 def companion_path(path: str | os.PathLike) -> Path:
@@ -76,53 +69,85 @@ def companion_path(path: str | os.PathLike) -> Path:
     return path.with_name(path.name + ".json")
 
 
-def read_scores(path: str | os.PathLike, higher_is: str | None = None) -> Scores:
+def read_scores(path: str | os.PathLike, higher_is: str | None = None, *, one_is: str | None = None) -> Scores:
     """Read a score file of any dialect in the module docstring; the result says which it was.
 
     higher_is: "bonafide" or "spoof", what a high score in the file stands for; "spoof" negates the scores.
-    None takes what the JSON companion says, else "bonafide". Raises ScoreError naming file and line for
-    unreadable lines, scores that are not finite numbers, and utterances given twice.
+    None takes what the JSON companion says, else "bonafide". one_is: the same for a key 1, where keys are numbers.
+    Raises ScoreError naming file and line for unreadable lines, scores that are not finite numbers, keys that are
+    numbers without `one_is`, and utterances given twice with different scores.
     """
     path = Path(path)
     meta = _read_companion(path)
     higher_is = higher_is or meta.get("higher_is") or "bonafide"
-    if higher_is not in ("bonafide", "spoof"):
-        raise ScoreError(f"higher_is must be 'bonafide' or 'spoof', got {higher_is!r}")
-    lines = _read_lines(path)
-    head = lines.header()
-    if "score" in head:
-        frame, header = lines.table(head, skip=1), "header"
-    elif len(head) in _HEADERLESS:
-        frame, header = lines.table(_HEADERLESS[len(head)]), "no header"
-    else:
-        raise ScoreError(
-            f"{lines.at(0)}: {len(head)} columns; without a header a score file has `utterance score`, "
-            "`utterance key score` or `utterance attack key score`; otherwise its header must name `score`"
-        )
-    dialect = f"{lines.separator}, {header}: {' '.join(frame.columns)}"
-    score = _parse_scores(lines, frame["score"])
+    for name, value in (("higher_is", higher_is), ("one_is", one_is or "bonafide")):
+        if value not in ("bonafide", "spoof"):
+            raise ScoreError(f"{name} must be 'bonafide' or 'spoof', got {value!r}")
+    rows = read_rows(path, ScoreError)
+    names, skip = _columns_of(rows)
+    columns = rows.columns(names, skip)
+    frame = pd.DataFrame(columns, index=range(skip, len(rows.fields)))
+    score = _parse_scores(rows, frame["score"])
     frame["score"] = -score if higher_is == "spoof" else score
-    if "key" in frame:
-        frame["key"] = [LABEL_NAMES[label] for label in _labels(lines, frame["key"])]
-    frame = _named_by_utterance(lines, frame)
-    repeated = np.flatnonzero(frame["utterance"].duplicated())
-    if repeated.size:
+    if "label" in frame:
+        advice = ", or say --one-is bonafide or spoof (one_is= in Python)"
+        labels = labels_of(columns["label"], columns.get("attack"), one_is, rows, skip, advice)
+        frame["label"] = [LABEL_NAMES[label] for label in labels]
+        frame = frame.rename(columns={"label": "key"})
+    if "utterance" not in frame:
+        frame = frame.assign(utterance=short_names(columns["path"]))[["utterance", *frame.columns]]
+    frame, notes = _without_repetitions(frame, rows)
+    for name in frame.columns.difference([*_TEXT, "score", "key"]):
+        frame[name] = numbers_if_all_are(frame[name].tolist())
+    known = column_names(rows.fields[0]) if skip else names
+    dialect = f"{rows.separator}, {'header' if skip else 'no header'}: {' '.join(known)}".replace("label", "key")
+    return Scores(frame.reset_index(drop=True), dialect, higher_is, path, meta, notes)
+
+
+def _columns_of(rows: Rows) -> tuple[list[str], int]:
+    """Names of a score file's columns, and how many rows its header takes."""
+    first = rows.fields[0]
+    names = column_names(first)
+    if "score" in names:
+        if not {"utterance", "path"} & set(names):
+            raise ScoreError(f"{rows.at(0)}: the header names neither utterance nor path: {first}")
+        return names, 1
+    if len(first) not in _HEADERLESS:
         raise ScoreError(
-            f"{lines.at(frame.index[repeated[0]])}: {frame['utterance'].iloc[repeated[0]]!r} has a score "
-            f"already ({repeated.size} repeated in all); every trial needs exactly one score"
+            f"{rows.at(0)}: {len(first)} columns; without a header a score file has `utterance score`, `utterance "
+            "score key`, `utterance key score` or `utterance attack key score`; otherwise its header must name `score`"
         )
-    text = {"utterance", "path", "score", "key", "attack"}
-    frame = frame.apply(lambda column: column if column.name in text else _numbers_if_all_are(column))
-    return Scores(frame.reset_index(drop=True), dialect, higher_is, path, meta)
+    if len(first) == 3 and (label_of(first[2]) is not None or (first[2] in "01" and "." in first[1])):
+        return list(_KEY_LAST), 0
+    return list(_HEADERLESS[len(first)]), 0
+
+
+def _without_repetitions(frame: pd.DataFrame, rows: Rows) -> tuple[pd.DataFrame, tuple[str, ...]]:
+    """Every utterance once, and a note where some stood there more than once with the same score."""
+    repeated = frame["utterance"].duplicated()
+    if not repeated.any():
+        return frame, ()
+    differs = repeated & ~frame.duplicated([name for name in ("utterance", "score", "key") if name in frame])
+    if differs.any():
+        row = differs.idxmax()
+        raise ScoreError(
+            f"{rows.at(row)}: {frame['utterance'][row]!r} has another score already ({int(differs.sum())} such in "
+            "all); every trial needs exactly one score"
+        )
+    note = (
+        f"{rows.path}: {int(repeated.sum()):,} lines repeat a trial with the same score, the first on line "
+        f"{rows.numbers[repeated.idxmax()]}; each trial is counted once"
+    )
+    return frame[~repeated], (note,)
 
 
 def write_scores(path: str | os.PathLike, frame: pd.DataFrame, meta: dict | None = None) -> Path:
     """Write a score file whole or not at all: CSV with a header, and its JSON companion.
 
     frame: columns `utterance` or `path`, `score` (higher = more bona fide), and any others, which are kept
-    in order. meta: what the score is (`score`: "logit of bona fide", model, weights, corpus, ...);
-    `higher_is` is always written. Floats keep the shortest digits that read back to the same number.
-    Raises ScoreError on NaN, infinity or repetition.
+    in order. meta: what the score is (`score`: a key of conventions.SCORE_KINDS, or words), model, weights, corpus,
+    ...; `higher_is` is always written. Floats keep the shortest digits that read back to the same number, names their
+    bytes. Raises ScoreError on NaN, infinity or repetition.
     """
     if "score" not in frame or not {"utterance", "path"} & set(frame.columns):
         raise ScoreError(f"a score file needs `score` and `utterance` or `path`, got {list(frame.columns)}")
@@ -134,11 +159,14 @@ def write_scores(path: str | os.PathLike, frame: pd.DataFrame, meta: dict | None
     if len(repeated):
         raise ScoreError(f"{path} not written: {repeated.iloc[0]!r} has more than one score")
     about = {"score": "countermeasure score", **(meta or {})}
+    about["score"] = SCORE_KINDS.get(about["score"], about["score"])
     about |= {"higher_is": "bonafide", "columns": list(frame.columns), "n_trials": len(frame)}
-    text = json.dumps(about, indent=2, ensure_ascii=False) + "\n"  # before the CSV: bad meta leaves no half
+    text = json.dumps(about, indent=2) + "\n"  # before the CSV: bad meta leaves no half
     path = Path(path)
+    # A carriage return in a name is quoted only where all texts are.
+    quoting = csv.QUOTE_NONNUMERIC if frame[name].astype(str).str.contains("\r").any() else csv.QUOTE_MINIMAL
     with atomic_write(path) as part:
-        frame.to_csv(part, index=False)
+        frame.to_csv(part, index=False, quoting=quoting, encoding="utf-8", errors="surrogateescape")
     with atomic_write(companion_path(path)) as part:
         part.write_text(text, encoding="utf-8")
     return path
@@ -147,18 +175,21 @@ def write_scores(path: str | os.PathLike, frame: pd.DataFrame, meta: dict | None
 def join_scores(protocol: pd.DataFrame, scores: Scores | pd.DataFrame) -> pd.DataFrame:
     """Return the protocol, in its order, with one more column `score`; strictly one to one.
 
-    Columns of the score file that the protocol lacks come along, except key. Raises ScoreError that names
-    trials: without a score, scored but not in the protocol, in either twice, or whose key or attack
-    differs between the two.
+    Utterances are the same where `files.match_names` says so. A column `score` that the protocol has already is
+    replaced; columns of the score file that the protocol lacks come along, except key. Raises ScoreError that names
+    trials: without a score, scored but not in the protocol, in either twice, or whose key or attack differs between the
+    two.
     """
     frame = scores.frame if isinstance(scores, Scores) else scores
     where = f"{scores.path}: " if isinstance(scores, Scores) and scores.path else ""
+    protocol = protocol.drop(columns="score", errors="ignore")
     for name, table in (("protocol", protocol), ("scores", frame)):
         if "utterance" not in table:
             raise ScoreError(f"{where}the {name} have no `utterance` column, only {list(table.columns)}")
         repeated = table.loc[table["utterance"].duplicated(), "utterance"]
         if len(repeated):
             raise ScoreError(f"{where}{_named(repeated)} occur more than once in the {name}")
+    frame = in_names_of(protocol, frame)
     missing = protocol.loc[~protocol["utterance"].isin(frame["utterance"]), "utterance"]
     extra = frame.loc[~frame["utterance"].isin(protocol["utterance"]), "utterance"]
     if len(missing) or len(extra):
@@ -167,6 +198,13 @@ def join_scores(protocol: pd.DataFrame, scores: Scores | pd.DataFrame) -> pd.Dat
     _check_agreement(where, protocol, aligned)
     added = [column for column in aligned.columns if column not in protocol.columns and column != "key"]
     return protocol.assign(**{column: aligned[column].to_numpy() for column in added})
+
+
+def in_names_of(protocol: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
+    """Return scores with the protocol's names for the same recordings; see `files.match_names`."""
+    names = [match_names(protocol["utterance"], scores[name]) for name in ("utterance", "path") if name in scores]
+    known = set(protocol["utterance"])
+    return scores.assign(utterance=max(names, key=lambda names: len(known.intersection(names))))
 
 
 def read_asv_scores(path: str | os.PathLike) -> pd.DataFrame:
@@ -178,9 +216,9 @@ def read_asv_scores(path: str | os.PathLike) -> pd.DataFrame:
     codec, phase and trim columns come along. Raises ScoreError naming file and line.
     """
     path = Path(path)
-    lines = _read_lines(path)
-    frame = lines.table(("attack", "key", "score"))
-    frame["score"] = _parse_scores(lines, frame["score"])
+    rows = read_rows(path, ScoreError)
+    frame = pd.DataFrame(rows.columns(("attack", "key", "score")))
+    frame["score"] = _parse_scores(rows, frame["score"])
     strange = ~frame["key"].isin(_ASV_KEYS)
     if not strange.any():
         frame["attack"] = frame["attack"].mask(frame["key"] != "spoof", NO_ATTACK)
@@ -189,103 +227,17 @@ def read_asv_scores(path: str | os.PathLike) -> pd.DataFrame:
     metadata = next((candidate for candidate in beside if candidate.is_file()), None)
     if metadata is None:
         raise ScoreError(
-            f"{lines.at(strange.argmax())}: {frame['key'][strange.argmax()]!r} is not target, nontarget or "
+            f"{rows.at(strange.argmax())}: {frame['key'][strange.argmax()]!r} is not target, nontarget or "
             "spoof; an ASV score file has `attack key score` (2019) or `speaker utterance score` (2021, with "
             "its ASV/trial_metadata.txt beside it or one folder above)"
         )
     return _join_asv_2021(path, frame, metadata)
 
 
-def read_keys(path: str | os.PathLike) -> pd.DataFrame:
-    """Read a protocol for its labels alone; no audio need exist.
-
-    Official ASVspoof protocols and key files (2019, 2021's trial_metadata.txt, 5) go through the corpus
-    readers. Any other file needs a header, comma or tab separated, naming `utterance` (or `filename`,
-    `path`) and `label` (or `key`, `cm-label`; 1/0 or bonafide/spoof); its other columns come along. attack
-    and speaker are "-" where it has none. Raises ScoreError or CorpusError naming file and line.
-    """
-    lines = _read_lines(Path(path))
-    head = lines.header()
-    if lines.separator == "whitespace" or "key" not in head:
-        from deepfake_utils.corpora import read_protocol_file  # brings audio reading, which scores need not
-
-        return read_protocol_file(path)
-    frame = _named_by_utterance(lines, lines.table(head, skip=1))
-    frame.insert(1, "label", _labels(lines, frame.pop("key")))
-    for column in ("attack", "speaker"):
-        if column not in frame:
-            frame[column] = NO_ATTACK
-    frame["attack"] = frame["attack"].mask(frame["label"] == BONAFIDE, NO_ATTACK)
-    text = {"utterance", "path", "attack", "speaker"}
-    frame = frame.apply(lambda column: column if column.name in text else _numbers_if_all_are(column))
-    return frame.reset_index(drop=True)
-
-
-class _Lines(NamedTuple):
-    """The lines of a text file that say something, split into fields."""
-
-    path: Path
-    rows: list[list[str]]
-    numbers: list[int]
-    separator: str
-
-    def at(self, row: int) -> str:
-        return f"{self.path}, line {self.numbers[row]}"
-
-    def header(self) -> list[str]:
-        """The first line's fields under this module's names, whether or not it is a header."""
-        return [_COLUMN_OF.get(name.lower(), name) for name in self.rows[0]]
-
-    def table(self, columns: Sequence[str], skip: int = 0) -> pd.DataFrame:
-        """All rows but the first `skip` as text, indexed by their position here; refuses ragged ones."""
-        if len(set(columns)) != len(columns):
-            raise ScoreError(f"{self.path}: two columns of the header mean the same: {self.rows[0]}")
-        rows = self.rows[skip:]
-        if not rows:
-            raise ScoreError(f"{self.path} has a header and no trials")
-        if set(map(len, rows)) != {len(columns)}:
-            bad = next(i for i, row in enumerate(self.rows) if len(row) != len(columns))
-            raise ScoreError(
-                f"{self.at(bad)}: {len(self.rows[bad])} columns, expected {len(columns)} ({', '.join(columns)}): "
-                f"{' '.join(self.rows[bad])[:80]!r}; names that hold spaces need a comma separated file"
-            )
-        values = {name: [row[k] for row in rows] for k, name in enumerate(columns)}
-        return pd.DataFrame(values, index=range(skip, len(self.rows)))
-
-
-def _read_lines(path: Path) -> _Lines:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise ScoreError(f"{path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ScoreError(f"{path} is not a text file ({error.reason} at byte {error.start})") from None
-    lines = text.splitlines()
-    first = next((line for line in lines if line.strip() and not line.startswith("#")), None)
-    if first is None:
-        raise ScoreError(f"{path} is empty")
-    separator = "tab" if "\t" in first else "comma" if "," in first else "whitespace"
-    if separator == "whitespace":
-        rows = [line.split() for line in lines]
-    else:
-        sign = {"tab": "\t", "comma": ","}[separator]
-        rows = [[value.strip() for value in next(csv.reader([line], delimiter=sign), ())] for line in lines]
-    said = [i for i, row in enumerate(rows) if row and row != [""] and row[0][:1] != "#"]
-    return _Lines(path, [rows[i] for i in said], [i + 1 for i in said], separator)
-
-
-def _named_by_utterance(lines: _Lines, frame: pd.DataFrame) -> pd.DataFrame:
-    """The frame with an utterance column, taken from path stems where it has none."""
-    if "utterance" in frame:
-        return frame
-    if "path" not in frame:
-        raise ScoreError(f"{lines.path}: its header names neither utterance nor path: {lines.rows[0]}")
-    stems = [PurePath(name.replace("\\", "/")).stem for name in frame["path"]]
-    return frame.assign(utterance=stems)[["utterance", *frame.columns]]
-
-
-def _parse_scores(lines: _Lines, texts: pd.Series) -> np.ndarray:
-    """Scores as finite float64."""
+def _parse_scores(rows: Rows, texts: pd.Series) -> np.ndarray:
+    """Scores as finite float64; decimal commas where the separator leaves room for them and all have one."""
+    if rows.separator != "comma" and texts.map(is_decimal_comma).any():
+        texts = texts.str.replace(",", ".", regex=False)
     try:
         scores = texts.to_numpy(dtype=object).astype(np.float64)
     except ValueError:
@@ -293,30 +245,10 @@ def _parse_scores(lines: _Lines, texts: pd.Series) -> np.ndarray:
     bad = np.flatnonzero(~np.isfinite(scores))
     if bad.size:
         raise ScoreError(
-            f"{lines.at(texts.index[bad[0]])}: score {texts.iloc[bad[0]]!r} is not a finite number "
-            f"({bad.size} such in all); the score is the last column, or the one that a header names `score`"
+            f"{rows.at(texts.index[bad[0]])}: score {texts.iloc[bad[0]]!r} is not a finite number ({bad.size} such in "
+            "all); the score is the last column, or the one that a header names `score`"
         )
     return scores
-
-
-def _labels(lines: _Lines, keys: pd.Series) -> np.ndarray:
-    """Keys (bonafide/spoof or 1/0) as labels."""
-    labels = keys.str.lower().map(KEYS)
-    if labels.isna().any():
-        bad = labels.isna().idxmax()
-        raise ScoreError(f"{lines.at(bad)}: key {keys[bad]!r} is neither bonafide nor spoof")
-    return labels.to_numpy(np.int64)
-
-
-def _numbers_if_all_are(column: pd.Series) -> pd.Series:
-    """A text column as numbers, to the last digit, where every value is one or empty; else unchanged."""
-    texts = column.to_numpy(dtype=object)
-    for values, kind in ((texts, np.int64), (np.where(texts == "", "nan", texts), np.float64)):
-        try:
-            return pd.Series(values.astype(kind), index=column.index)
-        except (ValueError, OverflowError):
-            continue
-    return column
 
 
 def _read_companion(path: Path) -> dict:
@@ -340,9 +272,12 @@ def _named(utterances: pd.Series) -> str:
 
 def _mismatch_text(where: str, missing: pd.Series, extra: pd.Series, n_protocol: int, n_scores: int) -> str:
     if len(missing) == n_protocol:
+        reason = "they belong to different corpora or splits"
+        if {name.lower() for name in missing} & {name.lower() for name in extra}:
+            reason = "they differ in upper and lower case: write them alike"
         return (
             f"{where}no trial in common: the protocol has {n_protocol} such as {missing.iloc[0]!r}, "
-            f"the scores {n_scores} such as {extra.iloc[0]!r}; they belong to different corpora or splits"
+            f"the scores {n_scores} such as {extra.iloc[0]!r}; {reason}"
         )
     parts = []
     if len(missing):
@@ -355,31 +290,31 @@ def _mismatch_text(where: str, missing: pd.Series, extra: pd.Series, n_protocol:
 def _check_agreement(where: str, protocol: pd.DataFrame, aligned: pd.DataFrame) -> None:
     """Key and attack of a score file, where it has them, must be those of the protocol."""
     if "key" in aligned:
-        labels = aligned["key"].str.lower().map(KEYS).to_numpy()
-        wrong = labels != protocol["label"].to_numpy()
-        _refuse(where, "key", protocol, aligned["key"], wrong)
+        given = aligned["key"].map(lambda key: label_of(key) if isinstance(key, str) else key)
+        wrong = given.to_numpy() != protocol["label"].to_numpy()
+        _refuse(where, "key", protocol, aligned["key"], protocol["label"].map(LABEL_NAMES), wrong)
     if "attack" in aligned and "attack" in protocol:
         is_spoof = (protocol["label"] == SPOOF).to_numpy()
         given, known = aligned["attack"].to_numpy(), protocol["attack"].to_numpy()
         wrong = is_spoof & (given != known) & ~np.isin(given, _UNNAMED) & ~np.isin(known, _UNNAMED)
-        _refuse(where, "attack", protocol, aligned["attack"], wrong)
+        _refuse(where, "attack", protocol, aligned["attack"], protocol["attack"], wrong)
 
 
-def _refuse(where: str, what: str, protocol: pd.DataFrame, given: pd.Series, wrong: np.ndarray) -> None:
+def _refuse(where: str, what: str, protocol: pd.DataFrame, given: pd.Series, known: pd.Series, wrong: np.ndarray):
     if wrong.any():
         first = int(np.flatnonzero(wrong)[0])
+        everywhere = ", and all keys are exchanged: is a 1 a spoof there?" if what == "key" and wrong.all() else ""
         raise ScoreError(
             f"{where}the {what} of {int(wrong.sum())} trials differs from the protocol's, first "
-            f"{protocol['utterance'].iloc[first]}: {given.iloc[first]!r} in the score file, "
-            f"{protocol['label' if what == 'key' else what].iloc[first]!r} in the protocol; "
-            "is it the protocol of these scores?"
+            f"{protocol['utterance'].iloc[first]}: {given.iloc[first]} in the scores, {known.iloc[first]} in the "
+            f"protocol{everywhere}; is it the protocol of these scores?"
         )
 
 
 def _join_asv_2021(path: Path, frame: pd.DataFrame, metadata: Path) -> pd.DataFrame:
     """ASVspoof 2021: `speaker utterance score`, and the keys of trial_metadata.txt, joined on both names."""
     columns = ("speaker", "utterance", "codec", "transmission", "attack", "key", "trim", "phase")
-    keys = _read_lines(metadata).table(columns)
+    keys = pd.DataFrame(read_rows(metadata, ScoreError).columns(columns))
     scored = frame.set_axis(["speaker", "utterance", "score"], axis=1)
     joined = keys.merge(scored, on=["speaker", "utterance"], how="outer", indicator=True)
     odd = joined[joined["_merge"] != "both"]

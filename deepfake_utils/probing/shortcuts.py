@@ -12,7 +12,6 @@ from tqdm.auto import tqdm
 
 from deepfake_utils.conventions import SAMPLE_RATE_HZ
 from deepfake_utils.evaluation import intervals, metrics
-from deepfake_utils.evaluation.compare import interval_or_none
 from deepfake_utils.waveforms.decode import from_int16
 from deepfake_utils.waveforms.trimmed import speech_span
 
@@ -100,7 +99,7 @@ def shortcut_errors(
     scores["all five together"] = ("", regression.decision_function(numbers[names].to_numpy()))
     rows = []
     for name, (side, values) in scores.items():
-        interval = interval_or_none(intervals.eer_metric, values, labels, clusters, n_bootstrap, seed)
+        interval = intervals.interval_or_none(intervals.eer_metric, values, labels, clusters, n_bootstrap, seed)
         eer = metrics.compute_eer(values, labels).eer
         low, high = (interval.low, interval.high) if interval else (np.nan, np.nan)
         rows.append({"rule": name, "bona_fide_if": side, "eer": eer, "low": low, "high": high})

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from deepfake_utils.evaluation import metrics
 from deepfake_utils.evaluation.calibration import PRESETS
-from deepfake_utils.evaluation.scorefile import Scores, join_scores, read_asv_scores
+from deepfake_utils.evaluation.scorefile import Scores, read_asv_scores
 from deepfake_utils.files import atomic_write
 from deepfake_utils.report import plots
 
@@ -217,7 +217,7 @@ def write_html(
     Returns:
         The path.
     """
-    trials = _trials(result, scores, protocol)
+    trials = result.trials  # as they were evaluated: the same phase, and higher = more bona fide
     score, label = trials["score"].to_numpy(), trials["label"].to_numpy()
     threshold = result["threshold"]
     parts = [_section("Figures of the whole", _table(headline_table(result)), _how(result))]
@@ -239,15 +239,6 @@ def write_html(
     with atomic_write(path) as part:
         part.write_text(_page(title, notice, result, parts), encoding="utf-8")
     return Path(path)
-
-
-def _trials(result: dict, scores: Scores | pd.DataFrame, protocol: pd.DataFrame) -> pd.DataFrame:
-    """The trials that were evaluated, with their scores."""
-    frame = scores.frame if isinstance(scores, Scores) else scores
-    if result.get("phase") is not None:
-        protocol = protocol[protocol["phase"] == result["phase"]]
-        frame = frame[frame["utterance"].isin(protocol["utterance"])]
-    return join_scores(protocol, frame)
 
 
 def _tandem_figure(score, label, asv_scores, result: dict) -> Figure:

@@ -17,7 +17,8 @@ import pandas as pd
 
 from deepfake_utils.evaluation import intervals, metrics
 from deepfake_utils.evaluation.evaluate import evaluate
-from deepfake_utils.evaluation.scorefile import read_asv_scores, read_keys, read_scores
+from deepfake_utils.evaluation.scorefile import read_asv_scores, read_scores
+from deepfake_utils.protocols import read_keys
 
 N_SPEAKERS, N_BONAFIDE, ATTACKS, N_PER_ATTACK = 67, 7_355, [f"A{i:02d}" for i in range(7, 20)], 4_914
 ASV_TRIALS = {"target": (5_370, 20.0), "nontarget": (33_327, -20.0), "spoof": (N_PER_ATTACK * len(ATTACKS), 8.0)}
