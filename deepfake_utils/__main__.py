@@ -142,7 +142,7 @@ def score(options: argparse.Namespace) -> int:
 
 def evaluate(options: argparse.Namespace) -> int:
     """Print the figures of a score file, and write them as JSON and HTML where asked."""
-    from deepfake_utils.evaluation import evaluate as evaluation
+    from deepfake_utils import evaluation
     from deepfake_utils.evaluation import scorefile
     from deepfake_utils.protocols import read_keys
 

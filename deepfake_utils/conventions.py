@@ -23,13 +23,6 @@ AUDIO_SUFFIXES = (
 PROTOCOL_COLUMNS = ("utterance", "path", "label", "attack", "speaker", "split", "corpus")
 SPLITS = ("train", "dev", "eval")
 
-SCORE_KINDS = {  # what a score is, as score files say it; higher is always more bona fide
-    "logit": "logit of bona fide",
-    "cosine": "cosine between a clip and the bona fide direction of a one-class model, -1 to 1",
-    "log-odds": "log-odds of bona fide, logit of bona fide minus logit of spoof",
-    "llr": "calibrated log-likelihood ratio of bona fide, natural logarithm",
-}
-
 _LABEL_WORDS = {  # letters only
     **dict.fromkeys(("bonafide", "real", "genuine", "human", "authentic"), BONAFIDE),
     **dict.fromkeys(("spoof", "spoofed", "fake", "deepfake", "synthetic", "generated"), SPOOF),

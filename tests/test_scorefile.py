@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from deepfake_utils.conventions import SCORE_KINDS, DeepfakeUtilsError, ScoreError
+from deepfake_utils.conventions import DeepfakeUtilsError, ScoreError
 from deepfake_utils.evaluation import scorefile
 from deepfake_utils.protocols import read_keys
 
@@ -206,14 +206,6 @@ class TestWriting:
         path = scorefile.write_scores(tmp_path / "s.csv", frame)
         assert b"\xff.wav" in path.read_bytes()
         assert scorefile.read_scores(path).frame["utterance"].tolist() == names
-
-    @pytest.mark.parametrize("kind", SCORE_KINDS)
-    def test_what_the_score_is_stands_in_the_companion(self, tmp_path, kind):
-        path = scorefile.write_scores(
-            tmp_path / "s.csv", pd.DataFrame({"utterance": ["a"], "score": [1.0]}), {"score": kind}
-        )
-        assert json.loads(scorefile.companion_path(path).read_text())["score"] == SCORE_KINDS[kind]
-        assert scorefile.read_scores(path).kind == kind
 
     def test_paths_alone_give_utterances(self, tmp_path):
         frame = pd.DataFrame({"path": ["/a/x.flac", "/b/y.wav"], "score": [1.0, 2.0]})

@@ -59,7 +59,7 @@ class Evaluation(Mapping):
     phase: str | None
     higher_is: str  # what a high score stood for in the input
     score_dialect: str
-    score_kind: str | None  # a key of conventions.SCORE_KINDS, where the score file says it
+    score_kind: str | None  # what a score is, in the words of the score file's companion
     confidence: float | None
     n_bootstrap: int
     seed: int
@@ -179,7 +179,7 @@ def evaluate(
         phase=phase,
         higher_is=scores.higher_is,
         score_dialect=scores.dialect,
-        score_kind=scores.kind,
+        score_kind=scores.meta.get("score"),
         confidence=confidence if interval else None,
         n_bootstrap=n_bootstrap,
         seed=seed,

@@ -24,7 +24,6 @@ import pandas as pd
 from deepfake_utils.conventions import (
     LABEL_NAMES,
     NO_ATTACK,
-    SCORE_KINDS,
     SPOOF,
     UNKNOWN_WORDS,
     ScoreError,
@@ -55,11 +54,6 @@ class Scores:
     path: Path | None = None
     meta: dict = field(default_factory=dict)  # what the JSON companion says
     notes: tuple[str, ...] = ()  # what a reader should know, such as repeated lines
-
-    @property
-    def kind(self) -> str | None:
-        """What the scores are, a key of conventions.SCORE_KINDS, where the companion says so."""
-        return next((kind for kind, text in SCORE_KINDS.items() if self.meta.get("score") == text), None)
 
 
 def companion_path(path: str | os.PathLike) -> Path:
@@ -145,8 +139,7 @@ def write_scores(path: str | os.PathLike, frame: pd.DataFrame, meta: dict | None
     """Write a score file whole or not at all: CSV with a header, and its JSON companion.
 
     frame: columns `utterance` or `path`, `score` (higher = more bona fide), and any others, which are kept
-    in order. meta: what the score is (`score`: a key of conventions.SCORE_KINDS, or words), model, weights, corpus,
-    ...; `higher_is` is always written. Floats keep the shortest digits that read back to the same number, names their
+    in order. meta: what the score is (`score`: a logit, a cosine, log-odds, ...), model, weights, corpus, ...; `higher_is` is always written. Floats keep the shortest digits that read back to the same number, names their
     bytes. Raises ScoreError on NaN, infinity or repetition.
     """
     if "score" not in frame or not {"utterance", "path"} & set(frame.columns):
@@ -159,7 +152,6 @@ def write_scores(path: str | os.PathLike, frame: pd.DataFrame, meta: dict | None
     if len(repeated):
         raise ScoreError(f"{path} not written: {repeated.iloc[0]!r} has more than one score")
     about = {"score": "countermeasure score", **(meta or {})}
-    about["score"] = SCORE_KINDS.get(about["score"], about["score"])
     about |= {"higher_is": "bonafide", "columns": list(frame.columns), "n_trials": len(frame)}
     text = json.dumps(about, indent=2) + "\n"  # before the CSV: bad meta leaves no half
     path = Path(path)
