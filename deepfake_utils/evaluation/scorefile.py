@@ -139,7 +139,8 @@ def write_scores(path: str | os.PathLike, frame: pd.DataFrame, meta: dict | None
     """Write a score file whole or not at all: CSV with a header, and its JSON companion.
 
     frame: columns `utterance` or `path`, `score` (higher = more bona fide), and any others, which are kept
-    in order. meta: what the score is (`score`: a logit, a cosine, log-odds, ...), model, weights, corpus, ...; `higher_is` is always written. Floats keep the shortest digits that read back to the same number, names their
+    in order. meta: what the score is (`score`: a logit, a cosine, log-odds, ...), model, weights, corpus, ...;
+    `higher_is` is always written. Floats keep the shortest digits that read back to the same number, names their
     bytes. Raises ScoreError on NaN, infinity or repetition.
     """
     if "score" not in frame or not {"utterance", "path"} & set(frame.columns):
