@@ -42,12 +42,14 @@ def test_a_job_folder_is_the_whole_run_and_goes_on_where_it_stopped(corpus, tmp_
 
 def test_seeds_run_one_after_another_and_are_summarised(corpus, tmp_path):
     scratch = tmp_path / "scratch"
-    config = tiny_config(epochs=1, data_path="store")
+    config = tiny_config(epochs=1, data_path="store", batch_size="auto")
     table = fit_seeds(*corpus, tmp_path, config, seeds=(1, 2), device="cpu", waveforms_dir=scratch, say=str)
     assert any(scratch.iterdir()) and not (tmp_path / "waveforms").exists()
     assert table["seed"].tolist() == [1, 2] and np.isfinite(table["dev_eer"]).all()
     assert all(Path(weights).is_file() for weights in table["weights"])
     assert (tmp_path / "seed_1" / "log.txt").read_text().count("epoch ") >= 1
+    sizes = [json.loads((tmp_path / f"seed_{n}" / "config.json").read_text())["batch_size"] for n in (1, 2)]
+    assert sizes == ["auto", 24], "the second seed runs what the first one settled on"
 
 
 def test_other_processes_start_a_run_without_reading_its_job(corpus, tmp_path, monkeypatch):
@@ -91,6 +93,7 @@ import sys, torch
 torch.set_num_threads(1)
 from deepfake_utils.models import build_model
 from deepfake_utils.training.jobs import run_job
+from deepfake_utils.training.parallel import World
 import deepfake_utils.training.prepare as prepare
 
 def frozen(name, generator, **options):
@@ -101,6 +104,8 @@ def frozen(name, generator, **options):
     return model
 
 prepare.build_model = frozen
+with World() as world:
+    assert (world.smallest(world.rank + 5), world.broadcast(world.rank + 0.5)) == (5, 0.5)
 run_job(sys.argv[1], device="cpu")
 """
 

@@ -1,13 +1,16 @@
 """Training on real FLAC files with a tiny AASIST: resuming, stopping, failing, learning."""
 
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -15,16 +18,19 @@ import pytest
 import soundfile
 import torch
 
-from deepfake_utils.conventions import ConfigError, TrainingError
+from deepfake_utils.conventions import CheckpointError, ConfigError, TrainingError
 from deepfake_utils.machine import FLOAT32
 from deepfake_utils.models.losses import WeightedCrossEntropy
 from deepfake_utils.scoring.weights import load_model
 from deepfake_utils.training import loop as training
-from deepfake_utils.training import memory, plan
+from deepfake_utils.training import memory, plan, prepare
 from deepfake_utils.training.config import RECIPES, TrainingConfig
 from deepfake_utils.training.loop import fit
-from deepfake_utils.training.resume import load_training_state, take_over
+from deepfake_utils.training.resume import fingerprint, load_training_state, take_over
+from deepfake_utils.training.run import Pace
+from deepfake_utils.training.sampling import source_weights
 from deepfake_utils.training.schedule import SharpnessAware, learning_rate, reestimate_batch_norm
+from deepfake_utils.training.selection import macro_eer
 
 TINY = {"sinc_filters": 12, "channels": (4, 4), "graph_dim": 4, "branch_dim": 4}
 
@@ -68,8 +74,15 @@ def test_learns_writes_everything_down_and_the_kept_weights_score_the_reported_e
     assert result.best_dev_eer < 0.15, "tones an octave apart must be told apart"
     assert result.best_dev_eer == result.history["dev_eer"].min()
     assert len(pd.read_csv(tmp_path / "history.csv")) == 6
-    for promised in ("device:", "precision:", "waveforms:", "projected:", "dev EER"):
+    for promised in ("device:", "precision:", "waveforms:", "real ones", "dev EER"):
         assert promised in said
+    facts = json.loads((tmp_path / "best.json").read_text())
+    origin = facts["trained_on"]
+    assert (origin["corpora"], origin["synthetic_demo"], origin["fine_tuned"]) == (["tones"], False, False)
+    assert origin["train"] == {
+        "fingerprint": fingerprint(corpus[0]), "n_bonafide": 12, "n_spoof": 12, "attacks": ["T01"]
+    }  # fmt: skip
+    assert facts["date"] and facts["package_version"] and facts["training"] == result.config.to_dict()
 
     from deepfake_utils import score_protocol
     from deepfake_utils.evaluation.metrics import compute_eer
@@ -218,6 +231,22 @@ def test_a_checkpoint_of_another_recipe_is_refused_with_the_difference(corpus, t
     run(corpus, tmp_path, epochs=1)
     with pytest.raises(TrainingError, match="learning_rate was 0.001, is 0.01"):
         run(corpus, tmp_path, epochs=1, learning_rate=0.01)
+    train, dev = corpus
+    turned = train.assign(label=1 - train["label"])
+    other = train.assign(path=[*train["path"][1:], train["path"][0]])
+    for split, now in (("train", (turned, dev)), ("train", (other, dev)), ("dev", (train, dev[::-1]))):
+        with pytest.raises(TrainingError, match=f"the {split} recordings or labels are others"):
+            run(now, tmp_path, epochs=1)
+    moved = tmp_path / "moved"
+    shutil.copytree(Path(train["path"][0]).parent, moved)
+    now = [frame.assign(path=[str(moved / Path(path).name) for path in frame["path"]]) for frame in corpus]
+    assert run(now, tmp_path, epochs=1)[0].stopped == "all epochs done", "a corpus may be mounted elsewhere"
+    listed = TrainingConfig.from_dict(json.loads(json.dumps(tiny_config(epochs=1).to_dict())))
+    assert fit(*corpus, tmp_path, listed, device="cpu", say=str).stopped == "all epochs done", "JSON knows no tuples"
+    state = load_training_state(tmp_path / "checkpoint.pt")
+    torch.save(state | {"version": 1}, tmp_path / "checkpoint.pt")
+    with pytest.raises(CheckpointError, match="is of format 1, expected 2"):
+        run(corpus, tmp_path, epochs=1)
 
 
 def test_time_budget_ends_the_run_in_time_and_a_new_session_goes_on(corpus, tmp_path):
@@ -227,8 +256,10 @@ def test_time_budget_ends_the_run_in_time_and_a_new_session_goes_on(corpus, tmp_
     assert "resuming" in said and len(more.history) > len(result.history)
 
 
-def test_a_budget_that_ends_within_an_epoch_loses_none_of_its_batches(corpus, tmp_path, monkeypatch):
-    uninterrupted, _ = run(corpus, tmp_path / "whole", epochs=2)
+@pytest.mark.parametrize("average", ["none", "ema", "swa"])  # an average is re-estimated in training mode to be scored
+def test_a_budget_that_ends_within_an_epoch_is_as_if_it_had_not(corpus, tmp_path, monkeypatch, average):
+    changes = dict(epochs=2, average=average, swa_start=0.3)
+    uninterrupted, _ = run(corpus, tmp_path / "whole", **changes)
     seen, take_step = [], training.take_step
 
     def noted(run, batch):
@@ -237,14 +268,18 @@ def test_a_budget_that_ends_within_an_epoch_loses_none_of_its_batches(corpus, tm
 
     monkeypatch.setattr(training, "take_step", noted)
     monkeypatch.setattr(training, "is_out_of_time", lambda run: (run.state.epoch, run.state.step) == (1, 2))
-    first, _ = run(corpus, tmp_path / "parts", epochs=2)
+    first, _ = run(corpus, tmp_path / "parts", **changes)
     assert first.stopped == "time budget used up" and len(seen) == 3 + 2
-    second, said = run(corpus, tmp_path / "parts", epochs=2)
+    second, said = run(corpus, tmp_path / "parts", **changes)
     assert "resuming:  epoch 2, step 2" in said and second.stopped == "all epochs done"
     for epoch in (0, 1):
         assert sorted(sum((rows for at, rows in seen if at == epoch), [])) == list(range(24))
     columns = ["epoch", "train_loss", "dev_eer", "learning_rate"]
-    pd.testing.assert_frame_equal(second.history[columns], uninterrupted.history[columns])
+    pd.testing.assert_frame_equal(second.history[columns], uninterrupted.history[columns], check_exact=True)
+    whole, parts = (load_training_state(tmp_path / name / "checkpoint.pt") for name in ("whole", "parts"))
+    for name in ("model", "average") if average != "none" else ("model",):
+        assert all(torch.equal(whole[name][key], parts[name][key]) for key in whole[name]), name
+    assert torch.equal(whole["rng_cpu"], parts["rng_cpu"])
 
 
 def test_weights_loaded_for_scoring_are_trained_in_training_mode(corpus, tmp_path):
@@ -252,6 +287,8 @@ def test_weights_loaded_for_scoring_are_trained_in_training_mode(corpus, tmp_pat
     before = {name: value.clone() for name, value in first.model.named_buffers()}
     assert not first.model.training
     second = fit(*corpus, tmp_path / "second", tiny_config(epochs=1), model=first.model, device="cpu", say=str)
+    assert json.loads((tmp_path / "second" / "best.json").read_text())["trained_on"]["fine_tuned"]
+    assert all(torch.equal(value, before[name]) for name, value in first.model.named_buffers()), "a copy is trained"
     moved = [name for name, value in second.model.named_buffers() if not torch.equal(value, before[name])]
     assert any("running_mean" in name for name in moved), "batch norm must follow the new data"
 
@@ -260,6 +297,11 @@ def test_early_stop_counts_epochs_without_a_better_dev_eer(corpus, tmp_path):
     result, _ = run(corpus, tmp_path, epochs=30, learning_rate=1e-8, learning_rate_min=0.0, patience_epochs=2)
     assert result.stopped == "no better dev EER in 2 epochs"
     assert len(result.history) == result.best_epoch + 2
+    changes = dict(epochs=30, learning_rate=1e-8, learning_rate_min=0.0)
+    again, said = run(corpus, tmp_path, patience_epochs=2, **changes)
+    assert again.stopped == result.stopped and "resuming" not in said
+    more, said = run(corpus, tmp_path, patience_epochs=3, **changes)
+    assert "resuming" in said and len(more.history) > len(result.history)
 
 
 def test_out_of_memory_halves_the_micro_batch_and_keeps_the_step(corpus, tmp_path, monkeypatch):
@@ -474,3 +516,153 @@ def test_config_refuses_what_it_does_not_know():
         with pytest.raises(ConfigError, match="class_weights .* expected two positive numbers"):
             TrainingConfig.from_dict({"class_weights": weights})
     assert TrainingConfig.from_dict(RECIPES["short"].to_dict()) == RECIPES["short"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "expected"),
+    [
+        ("epochs", 2.5, "auto or a whole number from 1 to 100000"),
+        ("epochs", True, "a whole number"),
+        ("seed", -1, "a whole number from 0"),
+        ("learning_rate", float("nan"), "a number from 0 to 10"),
+        ("clip_norm", float("inf"), "a number of at least 0"),
+        ("weight_decay", "0.1", "a number"),
+        ("band_mask", "no", "true or false"),
+        ("model_options", 3, "names with their values"),
+        ("model", "resnet", "expected one of aasist"),
+        ("augmentation", "noise", "expected one of none"),
+        ("loss", ["cross_entropy"], "expected one of"),
+        ("epochs", "auto", "give time_budget_s"),
+    ],
+)
+def test_config_refuses_values_of_another_kind_or_out_of_range(setting, value, expected):
+    with pytest.raises(ConfigError, match=expected) as told:
+        TrainingConfig(**{setting: value})
+    assert setting in str(told.value) and (repr(value) in str(told.value))
+
+
+def test_config_takes_numbers_of_any_library_as_plain_ones():
+    config = TrainingConfig(epochs=np.int64(3), learning_rate=np.float32(0.5), clip_norm=2, class_weights=[1, 2])
+    assert json.loads(json.dumps(config.to_dict()))["epochs"] == 3
+    assert [type(v) for v in (config.epochs, config.learning_rate, config.clip_norm)] == [int, float, float]
+
+
+def test_without_tensorboard_training_goes_on(corpus, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # the import fails
+    result, said = run(corpus, tmp_path, epochs=1)
+    assert result.stopped == "all epochs done" and "TensorBoard is not installed" in said
+
+
+@pytest.mark.parametrize("loss", ["oc_softmax", "p2sgrad"])
+def test_one_class_weights_go_on_with_what_their_loss_had_learned(corpus, tmp_path, loss):
+    first, _ = run(corpus, tmp_path / "first", epochs=1, loss=loss)
+    changes = dict(epochs=1, learning_rate=1e-9, learning_rate_min=0.0)
+    second = fit(*corpus, tmp_path / "second", tiny_config(loss=loss, **changes), model=first.model, say=str)
+    for name, value in first.model.criterion.state_dict().items():
+        torch.testing.assert_close(second.model.criterion.state_dict()[name], value, rtol=0, atol=1e-6)
+    said = []
+    third = fit(*corpus, tmp_path / "third", tiny_config(**changes), model=first.model, device="cpu", say=said.append)
+    assert "had learned does not" in "\n".join(said) and type(third.model).__name__ == "AASIST"
+
+
+def test_weights_of_another_architecture_are_refused_before_anything_is_read(corpus, tmp_path):
+    model = load_model("aasist-l")
+    with pytest.raises(ConfigError, match=r"config.model is 'aasist'.*use config.replace\(model='aasist-l'"):
+        fit(*corpus, tmp_path, TrainingConfig(epochs=1), model=model, device="cpu", say=str)
+    with pytest.raises(ConfigError, match="config.model is 'lfcc-lcnn'"):
+        fit(*corpus, tmp_path, TrainingConfig(model="lfcc-lcnn", epochs=1), model=model, device="cpu", say=str)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_one_sentence_and_loses_nothing(corpus, tmp_path, monkeypatch):
+    whole, _ = run(corpus, tmp_path / "whole", epochs=2)
+    write, written = Path.write_bytes, []
+
+    def until_full(path, content):
+        written.append(path)
+        if len(written) > 2:  # the one before the first step, and that of the first epoch
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(path, content)
+
+    with monkeypatch.context() as full:
+        full.setattr(Path, "write_bytes", until_full)
+        with pytest.raises(TrainingError, match=r"checkpoint.pt cannot be written: No space left on device; it needs "
+                           r"[\d,]+ bytes and the disk mounted at .* has [\d,]+ free"):  # fmt: skip
+            run(corpus, tmp_path / "parts", epochs=2)
+    parts, said = run(corpus, tmp_path / "parts", epochs=2)
+    assert "resuming:  epoch 2, step 0" in said
+    assert parts.history["train_loss"].tolist() == whole.history["train_loss"].tolist()
+
+
+def test_the_batch_is_sized_after_the_waveforms_have_taken_their_memory(corpus, tmp_path, monkeypatch):
+    order, opened = [], prepare.open_source
+    monkeypatch.setattr(prepare, "open_source", lambda *a, **k: order.append("waveforms") or opened(*a, **k))
+    monkeypatch.setattr(memory, "free_device_bytes", lambda device: order.append("batch") or 40 * 2**20)
+    run(corpus, tmp_path, epochs=1, batch_size="auto")
+    assert order == ["waveforms", "waveforms", "batch"]
+
+
+def test_an_automatic_batch_is_that_of_all_processes(monkeypatch):
+    monkeypatch.setattr(prepare, "automatic_batch_size", lambda *a: 8 if a[-1] == 2 else 16)
+    world = SimpleNamespace(size=2, local_size=2, smallest=lambda value: value)
+    settled = prepare._settle(None, TrainingConfig(batch_size="auto"), 1000, torch.device("cpu"), FLOAT32, world, str)
+    assert settled.batch_size == 16, "two processes share the memory of one machine: 8 each"
+    assert settled.learning_rate == pytest.approx(1e-4 * np.sqrt(16 / 24))
+
+
+def test_epochs_by_the_time_there_is_are_a_run_that_can_be_repeated(corpus, tmp_path, monkeypatch):
+    for module in (training, prepare):
+        monkeypatch.setattr(module, "LONGEST_SHORT_RUN", 2)
+    auto, said = run(corpus, tmp_path / "auto", epochs="auto", time_budget_s=600.0)
+    assert auto.config.epochs == 2 and "settled:   epochs=2" in said
+    numbers, _ = run(corpus, tmp_path / "numbers", epochs=2, time_budget_s=600.0)
+    assert numbers.history["train_loss"].tolist() == auto.history["train_loss"].tolist(), "timed steps are taken back"
+    for epochs in ("auto", 2):
+        again, _ = run(corpus, tmp_path / "auto", epochs=epochs, time_budget_s=900.0)
+        assert len(again.history) == 2 and again.config.epochs == 2
+
+
+def test_pace_follows_the_real_steps_of_the_epoch_but_not_the_first_of_all(monkeypatch):
+    clock = iter([0.0, 10.0, 12.0, 14.0, 100.0, 101.0])
+    monkeypatch.setattr("deepfake_utils.training.run.time.monotonic", lambda: next(clock))
+    pace, seen = Pace(started=0.0), []
+    for n_steps in (3, 1):
+        pace.begin_epoch()
+        for _ in range(n_steps):
+            pace.note_step()
+            seen.append(pace.step_s)
+    assert seen == [10.0, 2.0, 2.0, 1.0]
+
+
+def test_macro_eer_counts_every_source_alike():
+    labels = np.array([1, 0, 1, 0, 1, 0, 0])
+    scores = np.array([5.0, 1.0, 0.0, 2.0, 6.0, -1.0, -2.0])
+    sources = np.array(["good", "good", "bad", "bad", "real only", "fake only", "fake only"])
+    assert macro_eer(scores, labels, sources) == np.mean([0.0, 1.0, 0.0, 0.0])
+
+
+def test_macro_selection_needs_sources_and_keeps_its_own_best(corpus, tmp_path):
+    with pytest.raises(TrainingError, match="selection='macro' needs a column 'source', and the dev protocol"):
+        run(corpus, tmp_path, selection="macro")
+    frames = [frame.assign(source=[f"s{n % 3}" for n in range(len(frame))]) for frame in corpus]
+    result, _ = run(frames, tmp_path, epochs=2, selection="macro", sampling="source")
+    assert result.best_dev_eer == result.history["dev_macro_eer"].min()
+    assert json.loads((tmp_path / "best.json").read_text())["dev_macro_eer"] == result.best_dev_eer
+
+
+def test_source_weights_balance_labels_within_sources():
+    rng = np.random.default_rng(1)
+    frame = pd.DataFrame({"source": rng.choice(["a", "b", "c", "d", "e"], 400, p=[0.5, 0.2, 0.1, 0.1, 0.1])})
+    frame["label"] = np.where(frame["source"] == "d", 1, np.where(frame["source"] == "e", 0, rng.integers(0, 2, 400)))
+    frame["attack"] = np.where(frame["label"] == 1, "-", rng.choice(["x", "y", "z"], 400))
+    frame["weight"] = source_weights(frame)
+    share = frame.groupby(["source", "label"])["weight"].sum()
+    for source in "abc":
+        assert share[source, 0] == pytest.approx(share[source, 1])
+    assert share["a"].sum() > share["b"].sum() > share["c"].sum()
+    assert share[["a", "b", "c"]].sum() == pytest.approx(0.7)
+    assert share["d", 1] == pytest.approx(0.15) and share["e", 0] == pytest.approx(0.15)
+    by_attack = frame[frame["source"] == "e"].groupby("attack")["weight"].sum()
+    np.testing.assert_allclose(by_attack, 0.05)
+    assert source_weights(frame[frame["source"] == "a"]).sum() == pytest.approx(1.0)
+    assert source_weights(frame[frame["source"].isin(["d", "e"])]).sum() == pytest.approx(1.0)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import os
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from numbers import Integral, Real
@@ -93,7 +95,7 @@ class TrainingConfig:
 
     def to_dict(self) -> dict:
         """Plain values, ready for JSON."""
-        return dataclasses.asdict(self) | {"class_weights": list(self.class_weights)}
+        return json.loads(json.dumps(dataclasses.asdict(self), default=os.fspath))
 
     @classmethod
     def from_dict(cls, values: dict) -> TrainingConfig:
