@@ -11,7 +11,11 @@ import json
 import os
 import sys
 import warnings
+from collections import Counter
+from contextlib import closing
 from pathlib import Path
+
+from tqdm.auto import tqdm
 
 from deepfake_utils.conventions import LABEL_NAMES, ConfigError, DeepfakeUtilsError
 from deepfake_utils.files import atomic_write
@@ -112,32 +116,40 @@ def export(options: argparse.Namespace) -> int:
 
 
 def score(options: argparse.Namespace) -> int:
-    """Score recordings into a CSV; name the unreadable ones."""
-    from deepfake_utils.evaluation import scorefile
-    from deepfake_utils.scoring import score as scoring
-    from deepfake_utils.scoring.weights import load_model, score_kind
+    """Say of each recording whether its speech is real or machine-made (fake), as far as the weights can tell.
 
-    if options.onnx:
-        if options.model:
-            raise ConfigError("--model goes with --weights; an ONNX file needs no model name")
-        from deepfake_utils.scoring.onnx import OnnxScorer
+    The whole of every recording is looked at, in windows of 4 seconds wherever there is speech; without speech there is
+    no verdict. What is written to files is there whatever ends the run.
+    """
+    from deepfake_utils.scoring.detector import Detector
+    from deepfake_utils.scoring.outputs import Outputs
+    from deepfake_utils.scoring.score import list_recordings
 
-        model = OnnxScorer(options.onnx)
-    else:
-        model = load_model(options.model, weights=options.weights)
-    scores = scoring.score_files(options.audio, model)
-    unreadable = scores.attrs["unreadable"]
-    for reason in unreadable.values():
-        print(f"unreadable: {reason}", file=sys.stderr)
-    if unreadable:
-        print(f"{len(unreadable):,} of {len(unreadable) + len(scores):,} recordings not scored", file=sys.stderr)
-    if options.out is None:
-        scores.to_csv(sys.stdout, index=False)
-    elif len(scores):
-        meta = {"score": score_kind(model), "weights": str(options.onnx or options.weights)}
-        scorefile.write_scores(options.out, scores, meta)
-        print(f"{len(scores):,} recordings scored into {options.out}; higher is more bona fide")
-    return SOME_UNREADABLE if unreadable else DONE
+    files, passed_over = list_recordings(options.audio)
+    if passed_over:
+        print(passed_over, file=sys.stderr)
+    if options.onnx and options.model:
+        raise ConfigError("--model goes with --weights; an ONNX file needs no model name")
+    targets = {"csv_path": options.csv, "json_path": options.json}
+    targets |= {"timeline_path": options.timeline, "scores_path": options.out}
+    counts = Counter()
+    with Outputs(len(files), **targets) as outputs:
+        detector = Detector.load(
+            options.onnx or options.weights, model=options.model, use=options.use, device=options.device,
+            whole=not options.first_window,
+        )  # fmt: skip
+        outputs.introduce(detector)
+        try:
+            with closing(detector.verdicts(files)) as verdicts:
+                bar = tqdm(verdicts, "scoring", len(files), unit="file", leave=False, disable=len(files) == 1)
+                for path, verdict in zip(files, bar, strict=True):
+                    counts[getattr(verdict, "verdict", "unreadable")] += 1
+                    outputs.add(path, verdict)
+        finally:
+            if len(files) > 1:
+                found = ", ".join(f"{n:,} {word}" for word, n in counts.most_common()) or "none"
+                print(f"{counts.total():,} of {len(files):,} recordings looked at: {found}", file=sys.stderr)
+    return SOME_UNREADABLE if counts["unreadable"] else DONE
 
 
 def evaluate(options: argparse.Namespace) -> int:
@@ -247,13 +259,25 @@ def build_parser() -> Parser:
     command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     command.set_defaults(run=train)
 
-    command = commands.add_parser("score", help="score recordings", description=score.__doc__)
-    command.add_argument("audio", nargs="+", metavar="AUDIO_OR_FOLDER", type=Path, help="recordings of any format")
-    weights = command.add_mutually_exclusive_group(required=True)
-    weights.add_argument("--weights", metavar="FILE", type=Path, help="weights: .safetensors, or a published .pth")
-    weights.add_argument("--onnx", metavar="FILE", type=Path, help="an exported model instead of weights")
+    command = commands.add_parser("score", help="say which recordings are real and which are fake",
+                                  description=score.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    command.add_argument("audio", nargs="+", metavar="RECORDING", type=Path, help="a recording of any format, video "
+                         "included; a folder, which is searched through; or - for standard input")  # fmt: skip
+    weights = command.add_mutually_exclusive_group()
+    weights.add_argument("--weights", metavar="WEIGHTS", help="aasist or aasist-l (published, downloaded once), or a "
+                         "file: .safetensors, .pth or .onnx; default: those shipped with the package")  # fmt: skip
+    weights.add_argument("--onnx", metavar="FILE", type=Path, help="an exported model; the same as --weights FILE.onnx")
     command.add_argument("--model", metavar="NAME", help="architecture, where no JSON beside the weights says it")
-    command.add_argument("--out", metavar="FILE.csv", type=Path, help="score file; default: standard output")
+    command.add_argument("--use", choices=("call-centre", "moderation", "forensic"),
+                         help="what the verdicts are for: sets how common fakes are taken to be and what errors cost; "
+                         "default: half are fake, both errors equally bad")  # fmt: skip
+    command.add_argument("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:N")
+    command.add_argument("--first-window", action="store_true", help="take only the first 4.04 s of every recording, "
+                         "silence included, as the scores of the ASVspoof corpora are computed")  # fmt: skip
+    command.add_argument("--csv", metavar="FILE", type=Path, help="write every verdict as a row; - is standard output")
+    command.add_argument("--json", metavar="FILE", type=Path, help="the same as JSON, with every window; - as above")
+    command.add_argument("--timeline", metavar="FILE", type=Path, help="write every window as a row of CSV; - as above")
+    command.add_argument("--out", metavar="FILE", type=Path, help="write a score file, CSV, for the command evaluate")
     command.set_defaults(run=score)
 
     command = commands.add_parser("evaluate", help="figures of a score file", description=evaluate.__doc__)
@@ -280,9 +304,15 @@ def build_parser() -> Parser:
     return parser
 
 
+def as_path_if_one(argument: str) -> str:
+    """A file whose name begins with a dash, as `*.wav` may give it, spelt so that it is no option."""
+    return f"./{argument}" if argument.startswith("-") and argument != "-" and os.path.lexists(argument) else argument
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    options = build_parser().parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = build_parser().parse_args([as_path_if_one(argument) for argument in arguments])
     try:
         return options.run(options)
     except BrokenPipeError:  # the reader, `head` for example, has seen enough

@@ -27,16 +27,21 @@ from tqdm.auto import tqdm
 from deepfake_utils.conventions import BONAFIDE, SAMPLE_RATE_HZ, SPOOF, AudioError, CheckpointError, ConfigError
 from deepfake_utils.evaluation.calibration import PRESETS, Use, threshold_for
 from deepfake_utils.scoring.engine import pick_engine
-from deepfake_utils.scoring.published import PUBLISHED
+from deepfake_utils.scoring.published import PUBLISHED, recognise
 from deepfake_utils.scoring.score import SCORING_BATCH, find_audio, score_crops
-from deepfake_utils.scoring.speech import FALLBACK
+from deepfake_utils.scoring.speech import FALLBACK, is_by_loudness
 from deepfake_utils.scoring.stream import Stream
 from deepfake_utils.scoring.weights import read_companion, weights_file
-from deepfake_utils.scoring.windows import MIN_SPEECH_S, Window, WindowCutter
+from deepfake_utils.scoring.windows import MIN_SPEECH_S, FirstWindow, Window, WindowCutter
 from deepfake_utils.waveforms.blocks import iter_audio
 
 SHIPPED = Path(__file__).parents[1] / "assets" / "open.safetensors"
 LOG_ODDS = "log-odds of real speech (natural logarithm, at even odds), higher is more real"
+
+ROW_COLUMNS = (
+    "path", "verdict", "reason", "score", "log_odds", "probability_fake", "prior_fake", "use", "speech_s", "duration_s",
+    "looked_at", "n_windows", "logit_spoof", "logit_bonafide", "warnings",
+)  # fmt: skip
 
 # What a detector is used for, by the word given to --use -> how common fakes are there, and what errors cost.
 USES = {
@@ -53,7 +58,7 @@ class Judged:
 
     start_s: float
     end_s: float
-    speech_s: float
+    speech_s: float | None
     logit_spoof: float
     logit_bonafide: float
     log_odds: float | None
@@ -72,7 +77,8 @@ class Verdict:
             the score is not calibrated.
         use: what the verdict is for; it sets the prior, and the threshold (log-odds) from which on a recording
             passes as real.
-        speech_s, duration_s: speech found, and the length of the recording, in seconds.
+        speech_s: speech found, in seconds; None where it was not looked for.
+        duration_s: the length of the recording, in seconds.
         looked_at: share of the recording that lies in judged windows.
         windows: the judged windows in order; `timeline` is the same as a table.
         warnings: what speaks against believing the verdict.
@@ -89,7 +95,7 @@ class Verdict:
     prior_fake: float
     use: str
     threshold: float
-    speech_s: float
+    speech_s: float | None
     duration_s: float
     looked_at: float
     windows: tuple[Judged, ...]
@@ -105,17 +111,10 @@ class Verdict:
     def row(self) -> dict:
         """The verdict as one row of `Detector.score`."""
         logits = np.array([(w.logit_spoof, w.logit_bonafide) for w in self.windows]).reshape(-1, 2)
-        spoof, bonafide = logits.mean(axis=0).tolist() if len(logits) else (math.nan, math.nan)
-        plain = ("path", "verdict", "reason", "score", "log_odds", "probability_fake", "prior_fake", "use")
-        return {name: getattr(self, name) for name in plain} | {
-            "speech_s": self.speech_s,
-            "duration_s": self.duration_s,
-            "looked_at": self.looked_at,
-            "n_windows": len(self.windows),
-            "logit_spoof": spoof,
-            "logit_bonafide": bonafide,
-            "warnings": "; ".join(self.warnings),
-        }
+        spoof, bonafide = logits.mean(axis=0).tolist() if len(logits) else (None, None)
+        computed = {"n_windows": len(self.windows), "logit_spoof": spoof, "logit_bonafide": bonafide}
+        computed["warnings"] = "; ".join(self.warnings)
+        return {name: computed[name] if name in computed else getattr(self, name) for name in ROW_COLUMNS}
 
     def __str__(self) -> str:
         odds = "" if self.probability_fake is None else f", probability of fake {describe_probability(self)}"
@@ -146,18 +145,24 @@ class Detector:
     Attributes:
         model: maps (B, 64600) waveforms to a `CMOutput`.
         facts: what is known of the weights: model, calibration, thresholds, where they were trained.
-        use: what verdicts are for, one of `USES`, or "no particular use".
+        use, costs: what verdicts are for, one of `USES`, or "no particular use"; and the prior and costs it assumes.
         engine: what computes, and why it was chosen.
+        warnings: what speaks against believing any verdict of these weights.
+        whole: whether recordings are looked at as a whole.
     """
 
-    def __init__(self, model: Callable, facts: dict, *, use: str | Use | None, device: torch.device, engine: str):
-        self.model, self.facts, self.device, self.engine = model, facts, device, engine
-        self.use, self._costs = _named_use(use)
+    def __init__(
+        self, model: Callable, facts: dict, *, use: str | Use | None, device: torch.device, engine: str,
+        whole: bool = True,
+    ):  # fmt: skip
+        self.model, self.facts, self.device, self.engine, self.whole = model, facts, device, engine, whole
+        self.use, self.costs = _named_use(use)
         self._calibration = facts.get("calibration")
-        self.threshold = float(facts.get("thresholds", {}).get(self.use, threshold_for(self._costs)))
+        self.threshold = float(facts.get("thresholds", {}).get(self.use, threshold_for(self.costs)))
         band = facts.get("uncertain_log_odds") if use is None else None
         self._uncertain = band or (self.threshold, self.threshold)
         self.score_meaning = LOG_ODDS if self._calibration else facts["score"]
+        self.warnings = _warnings(facts, whole)
 
     @classmethod
     def load(
@@ -167,6 +172,7 @@ class Detector:
         model: str | None = None,
         use: str | Use | None = None,
         device: str = "auto",
+        whole: bool = True,
     ) -> Detector:
         """Load weights with all that a verdict needs.
 
@@ -177,6 +183,8 @@ class Detector:
             use: "call-centre", "moderation", "forensic", or a `Use` of your own: how common fakes are and what the
                 errors cost. None takes fake and real as equally likely and both errors as equally bad.
             device: "auto", "cpu", "cuda" or "cuda:N".
+            whole: look at the whole of every recording. False takes its first 64,600 samples (4.04 s), silence
+                included, which is what the corpora's protocols ask for and published error rates are of.
 
         Raises:
             CheckpointError: the weights cannot be had or read.
@@ -188,17 +196,15 @@ class Detector:
         _named_use(use)  # before anything that takes long
         if weights is None and not SHIPPED.is_file():
             raise CheckpointError(
-                "no weights are shipped with this version: name some, such as those published with a paper "
-                f"({', '.join(PUBLISHED)}) or a file (.safetensors, .pth, .onnx)"
+                f"no weights are shipped with this version: name some (--weights on the command line), published "
+                f"ones ({', '.join(PUBLISHED)}) or a file (.safetensors, .pth, .onnx)"
             )
-        path = Path(SHIPPED if weights is None else weights)
-        path = path if path.suffix == ".onnx" else weights_file(path if weights is None else weights)
-        name = str(weights) if str(weights) in PUBLISHED and not Path(weights).exists() else None
-        facts = {"weights": name or ("shipped" if weights is None else str(weights)), **read_companion(path)}
-        if name:
-            facts["trained_on"] = PUBLISHED[name].trained_on
+        path = weights_file(SHIPPED if weights is None else weights)
+        facts = {"weights": "shipped" if weights is None else str(weights), **read_companion(path)}
+        if published := recognise(path):
+            facts |= {"trained_on": published.trained_on, "caution": published.caution}
         computes, torch_device, engine, described = pick_engine(path, model, device)
-        return cls(computes, described | facts, use=use, device=torch_device, engine=engine)
+        return cls(computes, described | facts, use=use, device=torch_device, engine=engine, whole=whole)
 
     def __call__(self, recording: str | os.PathLike | np.ndarray, sample_rate_hz: int | None = None) -> Verdict:
         """Look at the whole of one recording.
@@ -251,7 +257,7 @@ class Detector:
 
         def pieces() -> Iterator[tuple[object, np.ndarray | None]]:
             for path in paths:
-                cutter = WindowCutter()
+                cutter = self.cutter()
                 try:
                     for block in iter_audio(path):
                         yield from ((window, window.waveform) for window in cutter.push(block))
@@ -281,6 +287,10 @@ class Detector:
         """
         return Stream(self, sample_rate_hz)
 
+    def cutter(self) -> WindowCutter | FirstWindow:
+        """What cuts the next recording into the windows to be judged."""
+        return WindowCutter() if self.whole else FirstWindow()
+
     def judge(self, window: Window, logits: np.ndarray) -> Judged:
         """One window with its logits (2,)."""
         spoof, bonafide = float(logits[SPOOF]), float(logits[BONAFIDE])
@@ -288,13 +298,13 @@ class Detector:
         log_odds = scale["slope"] * (bonafide - spoof) + scale["offset"] if scale else None
         return Judged(window.start_s, window.end_s, window.speech_s, spoof, bonafide, log_odds)
 
-    def sum_up(self, windows: list[Judged], cutter: WindowCutter, path: str | None) -> Verdict:
+    def sum_up(self, windows: list[Judged], cutter: WindowCutter | FirstWindow, path: str | None) -> Verdict:
         """The verdict on a recording from its judged windows."""
         duration_s = cutter.n_samples / SAMPLE_RATE_HZ
         verdict = Verdict(
-            path, "no verdict", "", None, self.score_meaning, None, None, self._costs.p_spoof, self.use,
+            path, "no verdict", "", None, self.score_meaning, None, None, self.costs.p_spoof, self.use,
             self.threshold, cutter.speech_s, duration_s, cutter.judged_s / duration_s if duration_s else 0.0,
-            tuple(windows), self._warnings(cutter), self.engine,
+            tuple(windows), self.warnings, self.engine,
         )  # fmt: skip
         if not windows:
             return replace(verdict, reason=_no_speech(cutter.speech_s, duration_s))
@@ -312,7 +322,7 @@ class Detector:
     def _decide(self, verdict: Verdict, log_odds: float) -> Verdict:
         low, high = self._uncertain
         word = "uncertain" if low <= log_odds < high else "real" if log_odds >= high else "fake"
-        probability = float(expit(-(log_odds + math.log(1 / self._costs.p_spoof - 1))))
+        probability = float(expit(-(log_odds + math.log(1 / self.costs.p_spoof - 1))))
         probability_text = f"log-odds {log_odds:+.1f}, "
         if word == "uncertain":
             reason = f"{probability_text}between {low:+.1f} and {high:+.1f}, where errors are frequent"
@@ -329,13 +339,6 @@ class Detector:
             note = f"parts of it sound fake: {where}{more}"
             verdict = replace(verdict, warnings=(note, *verdict.warnings))
         return verdict
-
-    def _warnings(self, cutter: WindowCutter) -> tuple[str, ...]:
-        notes = [FALLBACK] if cutter.by_loudness else []
-        origin = self.facts.get("trained_on")
-        if isinstance(origin, dict) and origin.get("synthetic_demo"):
-            notes.append("these weights were trained on the synthetic demo corpus: they know nothing of real voices")
-        return tuple(notes)
 
 
 def stretches(windows: Iterable[Judged], below: float) -> list[tuple[float, float]]:
@@ -356,6 +359,16 @@ def verdict_row(path: Path, verdict: Verdict | AudioError) -> dict:
     if isinstance(verdict, Verdict):
         return verdict.row
     return {"path": str(path), "verdict": "unreadable", "reason": str(verdict), "warnings": ""}
+
+
+def _warnings(facts: dict, whole: bool) -> tuple[str, ...]:
+    notes = [facts["caution"]] if "caution" in facts else []
+    origin = facts.get("trained_on")
+    if isinstance(origin, dict) and origin.get("synthetic_demo"):
+        notes.append("these weights were trained on the synthetic demo corpus: they know nothing of real voices")
+    if whole and is_by_loudness():
+        notes.append(FALLBACK)
+    return tuple(notes)
 
 
 def _named_use(use: str | Use | None) -> tuple[str, Use]:

@@ -7,8 +7,9 @@ rounded to 16 bits, and the model computes in float32 on batches of one length.
 from __future__ import annotations
 
 import os
+import re
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
@@ -30,6 +31,7 @@ from deepfake_utils.conventions import (
     AudioError,
     ScoreError,
 )
+from deepfake_utils.files import describe_passed_over, list_audio
 from deepfake_utils.machine import pick_device
 from deepfake_utils.models.layers import CMOutput
 from deepfake_utils.models.losses import WeightedCrossEntropy
@@ -289,25 +291,40 @@ def _scored_files(model, paths, n_samples, batch_size, device, progress) -> Iter
 
 
 def find_audio(paths: str | os.PathLike | Iterable[str | os.PathLike]) -> list[Path]:
-    """The audio files among `paths`, folders searched through in sorted order.
+    """The recordings among `paths`; see `list_recordings`."""
+    return list_recordings(paths)[0]
+
+
+def list_recordings(paths: str | os.PathLike | Iterable[str | os.PathLike]) -> tuple[list[Path], str]:
+    """Recordings named by themselves or by the folders they lie in, in the order given and each once.
+
+    Returns:
+        Their paths, and what was passed over in the folders, in words ("" if nothing was).
 
     Raises:
-        AudioError: a path does not exist, or there is no audio file at all.
+        AudioError: a path does not exist or is an address, or there is no recording at all.
     """
     given = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
-    found: list[Path] = []
-    for path in map(Path, given):
-        if path.is_dir():
-            found += sorted(p for p in path.rglob("*") if p.suffix.lower() in AUDIO_SUFFIXES and p.is_file())
-        elif path.exists():
-            found.append(path)
+    found, passed_over = [], Counter()
+    for path in given:
+        name = os.fspath(path)
+        if os.path.isdir(name):
+            inside, others = list_audio(name)
+            found += inside
+            passed_over += others
+        elif name == "-" or os.path.lexists(name):  # a broken link is unreadable, not unknown
+            found.append(name)
+        elif re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", name):
+            raise AudioError(f"{name} is an address: recordings are read from files; download it and name the file")
         else:
-            raise AudioError(f"{path} does not exist: expected an audio file or a folder of audio files")
+            raise AudioError(f"{name} does not exist: expected an audio file or a folder of audio files")
+    described = describe_passed_over(passed_over)
     if not found:
         raise AudioError(
             f"no audio file in {', '.join(map(str, given)) or 'an empty list'}: looked for {', '.join(AUDIO_SUFFIXES)}"
+            + (f"; {described}" if described else "")
         )
-    return list(dict.fromkeys(found))
+    return [Path(name) for name in dict.fromkeys(found)], described
 
 
 def _score_columns(logits: np.ndarray) -> pd.DataFrame:

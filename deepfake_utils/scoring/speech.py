@@ -25,15 +25,10 @@ _LOUD_DB = -50.0  # below full scale, the fallback's idea of speech
 
 
 class SpeechFinder:
-    """Flags frames of speech in a recording that arrives in chunks of any size.
-
-    Attributes:
-        is_fallback: whether loudness decides, because Silero VAD cannot be had.
-    """
+    """Flags frames of speech in a recording that arrives in chunks of any size."""
 
     def __init__(self):
         self._session = _load_silero()
-        self.is_fallback = self._session is None
         self._memory = np.zeros((2, 1, 1, 128), np.float32)  # hidden and cell state
         self._context = np.zeros(_CONTEXT_SAMPLES, np.float32)
         self._rest = np.zeros(0, np.float32)  # samples of the frame that is not yet whole
@@ -60,6 +55,11 @@ class SpeechFinder:
         inputs = {"input": np.concatenate([before, frames], axis=1), "h": self._memory[0], "c": self._memory[1]}
         probability, *self._memory = self._session.run(["speech_probs", "hn", "cn"], inputs)
         return probability.reshape(-1) >= SPEECH_PROBABILITY
+
+
+def is_by_loudness() -> bool:
+    """Whether loudness decides, because Silero VAD cannot be had."""
+    return _load_silero() is None
 
 
 @lru_cache(maxsize=1)

@@ -7,7 +7,6 @@ import torch
 
 from deepfake_utils.conventions import AudioError
 from deepfake_utils.scoring.score import forward
-from deepfake_utils.scoring.windows import WindowCutter
 from deepfake_utils.waveforms.blocks import BlockResampler
 from deepfake_utils.waveforms.decode import MAX_RATE_HZ, MIN_RATE_HZ, from_int16
 
@@ -24,7 +23,7 @@ class Stream:
 
     def __init__(self, detector, sample_rate_hz: int):
         self.windows = []
-        self._detector, self._cutter = detector, WindowCutter()
+        self._detector, self._cutter = detector, detector.cutter()
         self._resampler = BlockResampler(_checked_rate(sample_rate_hz))
 
     def push(self, samples: np.ndarray) -> list:

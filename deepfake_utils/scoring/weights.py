@@ -164,7 +164,7 @@ def weights_file(weights: str | os.PathLike) -> Path:
     if not path.is_file():
         what = "are a folder" if path.is_dir() else "do not exist"
         raise CheckpointError(
-            f"weights {path} {what}: expected a .safetensors or .pth file, or one of {', '.join(PUBLISHED)}"
+            f"weights {path} {what}: expected a .safetensors, .pth or .onnx file, or one of {', '.join(PUBLISHED)}"
         )
     return path
 

@@ -27,11 +27,11 @@ MIN_TAIL_S = 0.25  # a shorter rest after the last whole window gets none of its
 
 
 class Window(NamedTuple):
-    """A stretch of a recording that holds speech; `waveform` is (64600,), a shorter stretch repeated."""
+    """A stretch of a recording to be judged; `waveform` is (64600,), a shorter stretch repeated."""
 
     start_s: float
     end_s: float
-    speech_s: float
+    speech_s: float | None  # None where speech was not looked for
     waveform: np.ndarray
 
 
@@ -42,12 +42,10 @@ class WindowCutter:
         n_samples: samples that have arrived.
         speech_s: speech found in them, in seconds.
         judged_s: how much of the recording the windows given so far cover, in seconds.
-        by_loudness: whether speech was looked for by loudness alone.
     """
 
     def __init__(self):
         self._finder = SpeechFinder()
-        self.by_loudness = self._finder.is_fallback
         self._kept = np.zeros(0, np.float32)  # the last samples, at most a window and a hop
         self._speech_ends: deque[int] = deque()  # of each frame of speech in them, the sample after its last
         self._n_frames, self._next_start, self._judged_until = 0, 0, 0
@@ -89,3 +87,29 @@ class WindowCutter:
         self.judged_s += (stop - max(start, self._judged_until)) / SAMPLE_RATE_HZ
         self._judged_until = stop
         yield Window(start / SAMPLE_RATE_HZ, stop / SAMPLE_RATE_HZ, speech_s, fit_length(samples, CROP_SAMPLES))
+
+
+class FirstWindow:
+    """Gives the first 64,600 samples, whatever they hold, as the corpora's protocols ask; used as `WindowCutter` is."""
+
+    speech_s = None  # not looked for
+
+    def __init__(self):
+        self._kept = np.zeros(0, np.float32)
+        self.n_samples, self.judged_s = 0, 0.0
+
+    def push(self, samples: np.ndarray) -> Iterator[Window]:
+        """16 kHz float32 samples (n,) -> the window, when they complete it."""
+        self._kept = np.concatenate([self._kept, samples[: CROP_SAMPLES - len(self._kept)]])
+        self.n_samples += len(samples)
+        if len(self._kept) == CROP_SAMPLES and not self.judged_s:
+            yield from self._window()
+
+    def finish(self) -> Iterator[Window]:
+        """The window of a shorter recording."""
+        if len(self._kept) and not self.judged_s:
+            yield from self._window()
+
+    def _window(self) -> Iterator[Window]:
+        self.judged_s = len(self._kept) / SAMPLE_RATE_HZ
+        yield Window(0.0, self.judged_s, None, fit_length(self._kept, CROP_SAMPLES))
