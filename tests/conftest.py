@@ -17,6 +17,15 @@ def find_reference_data() -> Path | None:
     return next((folder for folder in candidates if (folder / "MANIFEST.md").is_file()), None)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def model_cache(tmp_path_factory) -> Path:
+    """A cache folder of the tests' own, so that they neither read nor fill the user's; a model is exported once."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DEEPFAKE_CACHE", str(folder))
+        yield folder
+
+
 @pytest.fixture(scope="session")
 def reference_data() -> Path:
     """Skip the test, saying why, where the reference recordings and weights are absent."""

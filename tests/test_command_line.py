@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import soundfile
 
 from deepfake_utils import load_model, score_files
 from deepfake_utils.__main__ import main
+from deepfake_utils.evaluation.scorefile import read_scores
 from deepfake_utils.scoring.weights import save_weights
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -32,12 +34,12 @@ def command(*arguments) -> list[str]:
 def environment(**changes: str) -> dict[str, str]:
     """The tester's own settings must not reach the process."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("DEEPFAKE_")}
-    return kept | {"PYTHONPATH": str(REPOSITORY)} | changes
+    return kept | {"PYTHONPATH": str(REPOSITORY), "DEEPFAKE_CACHE": os.environ["DEEPFAKE_CACHE"]} | changes
 
 
 def run(*arguments, cwd=None, **changes: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        command(*arguments), cwd=cwd, env=environment(**changes), capture_output=True, text=True, timeout=120
+        command(*arguments), cwd=cwd, env=environment(**changes), capture_output=True, text=True, timeout=300
     )
 
 
@@ -56,10 +58,10 @@ def refused(capsys):
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> Path:
-    """Untrained AASIST-L, saved the way training saves it."""
-    return save_weights(
-        tmp_path_factory.mktemp("weights") / "model.safetensors", load_model("aasist-l"), name="aasist-l"
-    )
+    """An untrained LCNN, saved the way training saves it, with a calibration."""
+    facts = {"calibration": {"slope": 2.0, "offset": 0.5}}
+    path = tmp_path_factory.mktemp("weights") / "model.safetensors"
+    return save_weights(path, load_model("lfcc-lcnn"), name="lfcc-lcnn", facts=facts)
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +88,9 @@ def score_case(tmp_path) -> tuple[Path, Path]:
 
 def test_help_names_every_command_and_option():
     assert all(word in run("--help").stdout for word in ("find", "score", "evaluate"))
-    assert all(o in run("score", "--help").stdout for o in ("--weights", "--model", "--out", "--onnx"))
+    assert all(
+        o in run("score", "--help").stdout for o in ("--weights", "--model", "--out", "--onnx", "--use", "--csv")
+    )
     options = ("--protocol", "--asv-scores", "--json", "--by", "--higher-is", "--phase", "--html")
     assert all(option in run("evaluate", "--help").stdout for option in options)
 
@@ -96,7 +100,7 @@ def test_help_names_every_command_and_option():
     [
         ((), "score | evaluate"),
         (("trian",), "trian"),
-        (("score", "x.wav"), "--weights"),
+        (("score", "x.wav", "--use", "court"), "forensic"),
         (("score", "x.wav", "--weights", "w", "--onnx", "o"), "not allowed with"),
         (("evaluate", "s.txt"), "--protocol"),
         (("evaluate", "s.txt", "--protocol", "p", "--higher-is", "fake"), "fake"),
@@ -147,25 +151,92 @@ def test_find_names_missing_audio(corpus, reference_data, tmp_path):
     assert "audio missing: 2" in run("find", tmp_path).stdout
 
 
-def test_score_gives_the_models_logits(corpus, weights):
-    done = run("score", corpus / "bonafide", corpus / "spoof" / "c.wav", "--weights", weights)
+def test_the_first_windows_scores_are_the_models_logits(corpus, weights):
+    done = run(
+        "score", corpus / "bonafide", corpus / "spoof" / "c.wav", "--weights", weights, "--first-window", "--out", "-"
+    )
     assert done.returncode == 0, done.stderr
     rows = list(csv.DictReader(io.StringIO(done.stdout)))
     assert list(rows[0]) == ["path", "score", "logit_spoof", "logit_bonafide", "duration_s"]
     assert [Path(row["path"]).name for row in rows] == ["a.wav", "b.flac", "c.wav"]
     assert all(float(row["duration_s"]) == 0.5 for row in rows)
-    expected = score_files(corpus / "spoof", load_model(weights=weights), progress=None)
-    assert float(rows[2]["score"]) == pytest.approx(expected["score"][0], abs=1e-5)
-    assert float(rows[2]["logit_spoof"]) == pytest.approx(expected["logit_spoof"][0], abs=1e-5)
+    expected = score_files(corpus / "spoof", load_model(weights=weights), progress=None).iloc[0]
+    assert float(rows[2]["logit_spoof"]) == pytest.approx(expected["logit_spoof"], abs=1e-3)
+    assert float(rows[2]["logit_bonafide"]) == pytest.approx(expected["logit_bonafide"], abs=1e-3)
+    log_odds = 2 * (expected["logit_bonafide"] - expected["logit_spoof"]) + 0.5
+    assert float(rows[2]["score"]) == pytest.approx(log_odds, abs=1e-2)
 
 
-def test_an_unreadable_recording_is_named_after_the_others_are_scored(corpus, weights, tmp_path):
+def test_a_stranger_reads_verdict_probability_and_what_they_assume(weights, reference_data, tmp_path):
+    speech = next((reference_data / "open_speech/bonafide/ljspeech").glob("*.flac"))
+    soundfile.write(tmp_path / "silence.wav", np.zeros(80_000), 16_000)
+    done = run("score", speech, tmp_path / "silence.wav", "--weights", weights, "--use", "call-centre")
+    assert done.returncode == 0, done.stderr
+    header, first, second, why = done.stdout.splitlines()
+    assert header.split()[:4] == ["verdict", "probability", "of", "fake"]
+    assert first.split()[0] in ("real", "fake") and "% (if 0.1 % are fake)" in first and first.endswith(speech.name)
+    assert second.startswith("no verdict") and "no speech was found" in why
+    assert "0.1 % of the recordings are fake" in done.stderr
+    assert "a fake accepted as real costs as much as 100 real ones rejected as fake" in done.stderr
+
+
+def test_every_output_holds_every_recording(weights, reference_data, tmp_path):
+    paths = sorted((reference_data / "open_speech/bonafide/ljspeech").glob("*.flac"))[:2]
+    (tmp_path / "in").mkdir()
+    for name, path in zip(("a.flac", 'line\nbreak {x}, "q".flac'), paths, strict=True):
+        (tmp_path / "in" / name).symlink_to(path)
+    odd = os.fsdecode(os.fsencode(tmp_path / "in") + b"/caf\xe9.flac")
+    os.symlink(paths[0], odd)
+    (tmp_path / "in" / "zz.wav").write_bytes(b"RIFF, but no wave")
+    targets = {kind: tmp_path / f"out.{kind}" for kind in ("csv", "json", "timeline", "out")}
+    options = [part for kind, path in targets.items() for part in (f"--{kind}", path)]
+    done = run("score", tmp_path / "in", "--weights", weights, *options)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    names = [str(tmp_path / "in" / "a.flac"), odd, str(tmp_path / "in" / "line\nbreak {x}, \"q\".flac"),
+             str(tmp_path / "in" / "zz.wav")]  # fmt: skip
+    with targets["csv"].open(encoding="utf-8", errors="surrogateescape", newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    assert [row["path"] for row in rows] == names and rows[-1]["verdict"] == "unreadable"
+    objects = json.loads(targets["json"].read_text())
+    assert [row["path"] for row in objects] == names
+    assert [len(row["windows"]) for row in objects] == [int(row["n_windows"] or 0) for row in rows]
+    with targets["timeline"].open(encoding="utf-8", errors="surrogateescape", newline="") as lines:
+        windows = list(csv.DictReader(lines))
+    assert len(windows) == sum(len(row["windows"]) for row in objects) >= 3
+    scores = read_scores(targets["out"])
+    assert len(scores.frame) == 3 and "log-odds" in scores.meta["score"] and scores.meta["n_trials"] == 3
+    assert r"caf\xe9.flac" in done.stdout and r"line\nbreak" in done.stdout
+    assert {path.name for path in tmp_path.iterdir()} == {"in", "out.out.json", *(p.name for p in targets.values())}
+
+
+def test_what_is_passed_over_in_a_folder_is_counted_aloud(corpus, weights, tmp_path):
+    for name in ("a.wav", "b.MP4", ".hidden.wav", "c.txt", "d.pdf", "__MACOSX/e.wav"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes((corpus / "bonafide" / "a.wav").read_bytes())
+    (tmp_path / "gone.wav").symlink_to("nowhere")
+    done = run("score", tmp_path, "--weights", weights, "--first-window", "--csv", "-")
+    assert [Path(row["path"]).name for row in csv.DictReader(io.StringIO(done.stdout))] == ["a.wav", "b.MP4"]
+    assert "passed over 3 files" in done.stderr and ".pdf" in done.stderr and "2 of 2 recordings" in done.stderr
+
+
+def test_names_with_dashes_broken_links_and_standard_input(corpus, weights, tmp_path):
+    content = (corpus / "bonafide" / "a.wav").read_bytes()
+    (tmp_path / "-dash.wav").write_bytes(content)
+    (tmp_path / "gone.wav").symlink_to("nowhere")
+    line = command("score", "-dash.wav", "gone.wav", "-", "--weights", weights, "--first-window", "--csv", "-")
+    done = subprocess.run(line, cwd=tmp_path, env=environment(), input=content, capture_output=True, timeout=300)
+    rows = list(csv.DictReader(io.StringIO(done.stdout.decode())))
+    assert done.returncode == 1 and [row["verdict"] == "unreadable" for row in rows] == [False, True, False]
+    assert "broken link" in rows[1]["reason"] and rows[0]["score"] == rows[2]["score"]
+
+
+def test_an_unreadable_recording_does_not_stop_the_others(corpus, weights, tmp_path):
     broken = tmp_path / "broken.wav"
     broken.write_bytes(b"RIFF, but no wave")
     out = tmp_path / "scores.csv"
-    done = run("score", broken, corpus, "--weights", weights, "--out", out)
+    done = run("score", broken, corpus, "--weights", weights, "--out", out, "--first-window")
     assert done.returncode == 1
-    assert "broken.wav" in done.stderr and "Traceback" not in done.stderr
+    assert "broken.wav" in done.stdout and "1 unreadable" in done.stderr and "Traceback" not in done.stderr
     with out.open() as lines:
         assert [Path(row["path"]).name for row in csv.DictReader(lines)] == ["a.wav", "b.flac", "c.wav"]
 
@@ -173,14 +244,47 @@ def test_an_unreadable_recording_is_named_after_the_others_are_scored(corpus, we
 def test_scoring_nothing_but_unreadable_recordings_writes_no_file(weights, tmp_path):
     (tmp_path / "broken.wav").write_bytes(b"")
     done = run("score", tmp_path / "broken.wav", "--weights", weights, "--out", tmp_path / "scores.csv")
-    assert done.returncode == 1 and "broken.wav" in done.stderr
-    assert not (tmp_path / "scores.csv").exists()
+    assert done.returncode == 1 and "broken.wav" in done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["broken.wav"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_disk_is_found_before_anything_is_computed(corpus, tmp_path, refused):
+    refused("score", corpus, "--weights", tmp_path / "absent", "--csv", "/dev/full", said="No space left on device")
+
+
+def test_a_disk_that_fills_up_keeps_what_was_written(weights, corpus, tmp_path):
+    for i in range(40):
+        (tmp_path / f"{i:02}.wav").symlink_to(corpus / "bonafide" / "a.wav")
+    limit = 3_000  # bytes of a file: beyond it, writing fails as on a full disk
+
+    def limited():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    out = tmp_path / "results"
+    line = command(
+        "score", tmp_path, "--weights", weights, "--first-window", "--csv", out / "a.csv", "--json", out / "a.json"
+    )
+    run("score", tmp_path / "00.wav", "--weights", weights, "--first-window")  # exports the model, which is larger
+    done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=300, preexec_fn=limited)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    with (out / "a.csv").open() as lines:
+        rows = list(csv.DictReader(lines))
+    assert 3 < len(rows) < 40 and all(row["warnings"] is not None for row in rows), "whole rows only"
+    objects = json.loads((out / "a.json").read_text())
+    assert 1 < len(objects) < len(rows) and f"the {len(objects)} written before are kept" in done.stderr
+    assert len(done.stdout.splitlines()) >= len(objects) + 1, "and all that was computed is on the screen"
+    assert sorted(path.name for path in out.iterdir()) == ["a.csv", "a.json"]
 
 
 def test_score_refuses_what_it_cannot_do(corpus, weights, tmp_path, refused):
     refused("score", tmp_path / "absent.wav", "--weights", weights, said="absent.wav")
     refused("score", corpus, "--weights", tmp_path / "none.safetensors", said="none.safetensors")
     refused("score", corpus, "--weights", weights, "--model", "rawnet2", said="rawnet2")
+    refused("score", "https://example.org/a.wav", "--weights", weights, said="is an address")
+    refused("score", corpus, "--weights", weights, "--csv", tmp_path, said="is a folder")
+    same = ("--csv", tmp_path / "x", "--json", tmp_path / "x")
+    refused("score", corpus, "--weights", weights, *same, said="two outputs go to the same place")
     damaged = tmp_path / "damaged.pth"
     damaged.write_bytes(b"not weights")
     refused("score", corpus, "--weights", damaged, "--model", "aasist", said="damaged.pth")
@@ -194,8 +298,9 @@ def test_score_with_published_weights(reference_data):
         golden = next(row for row in csv.DictReader(lines) if (folder / f"{row['utterance']}.flac").is_file())
     recording = folder / f"{golden['utterance']}.flac"
     done = run(
-        "score", recording, "--weights", reference_data / "published_weights/AASIST-L.pth", "--model", "aasist-l"
-    )
+        "score", recording, "--weights", reference_data / "published_weights/AASIST-L.pth", "--model", "aasist-l",
+        "--first-window", "--csv", "-",
+    )  # fmt: skip
     row = next(csv.DictReader(io.StringIO(done.stdout)))
     column = next(name for name in golden if "aasist-l" in name.lower() and "bonafide" in name.lower())
     assert float(row["score"]) == pytest.approx(float(golden[column]), abs=1e-4)
@@ -277,17 +382,19 @@ def test_interrupting_ends_without_a_traceback(weights, tmp_path):
     many = [tmp_path / "a.wav"]
     for i in range(400):
         (tmp_path / f"{i}.wav").symlink_to(many[0])
-    process = subprocess.Popen(
-        command("score", tmp_path, "--weights", weights), env=environment(), stderr=subprocess.PIPE, text=True
-    )
-    for line in iter(lambda: process.stderr.read(20), ""):
-        if "scoring" in line or "%" in line:  # the progress bar is there: the work has begun
+    line = command("score", tmp_path, "--weights", weights, "--first-window", "--csv", tmp_path / "out" / "scores.csv")
+    process = subprocess.Popen(line, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in iter(process.stdout.readline, ""):
+        if "a.wav" in line or "0.wav" in line:  # the first result
             break
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)
     _, rest = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "interrupted" in rest and "Traceback" not in rest
+    assert "interrupted" in rest and "Traceback" not in rest and "of 401 recordings" in rest
+    with (tmp_path / "out" / "scores.csv").open() as lines:
+        assert 1 <= len(list(csv.DictReader(lines))) < 401
+    assert len(list((tmp_path / "out").iterdir())) == 1
 
 
 def test_an_exported_model_scores_as_its_weights_do(corpus, weights, tmp_path):
@@ -295,8 +402,8 @@ def test_an_exported_model_scores_as_its_weights_do(corpus, weights, tmp_path):
     done = run("export", file, "--weights", weights)
     assert done.returncode == 0, done.stderr
     assert "difference" in done.stdout
-    onnx = run("score", corpus, "--onnx", file)
-    torch = run("score", corpus, "--weights", weights)
-    logits = [[float(row["score"]) for row in csv.DictReader(io.StringIO(d.stdout))] for d in (onnx, torch)]
-    assert logits[0] == pytest.approx(logits[1], abs=1e-3)
+    onnx = run("score", corpus, "--onnx", file, "--first-window", "--csv", "-")
+    torch = run("score", corpus, "--weights", weights, "--first-window", "--csv", "-")
+    logits = [[float(row["logit_bonafide"]) for row in csv.DictReader(io.StringIO(d.stdout))] for d in (onnx, torch)]
+    assert logits[0] == pytest.approx(logits[1], abs=1e-3) and len(logits[0]) == 3
     assert run("score", corpus, "--onnx", tmp_path / "absent.onnx").returncode == 2

@@ -42,6 +42,7 @@ ROW_COLUMNS = (
     "path", "verdict", "reason", "score", "log_odds", "probability_fake", "prior_fake", "use", "speech_s", "duration_s",
     "looked_at", "n_windows", "logit_spoof", "logit_bonafide", "warnings",
 )  # fmt: skip
+UNCALIBRATED = "these weights are not calibrated: their scores have no threshold and no probability, only an order"
 
 # What a detector is used for, by the word given to --use -> how common fakes are there, and what errors cost.
 USES = {
@@ -206,6 +207,11 @@ class Detector:
         computes, torch_device, engine, described = pick_engine(path, model, device)
         return cls(computes, described | facts, use=use, device=torch_device, engine=engine, whole=whole)
 
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether scores are log-odds, with a probability and a verdict."""
+        return self._calibration is not None
+
     def __call__(self, recording: str | os.PathLike | np.ndarray, sample_rate_hz: int | None = None) -> Verdict:
         """Look at the whole of one recording.
 
@@ -312,11 +318,7 @@ class Detector:
             return replace(verdict, reason="the weights give a score that is not a finite number: check them")
         if not self._calibration:
             score = float(np.mean([w.logit_bonafide for w in windows]))
-            reason = (
-                f"these weights are not calibrated: the score {score:+.2f} ({self.score_meaning}) has no threshold "
-                "and no probability; compare it with scores of recordings you know"
-            )
-            return replace(verdict, score=score, reason=reason)
+            return replace(verdict, score=score, reason=f"score {score:+.2f} ({self.score_meaning}); {UNCALIBRATED}")
         return self._decide(verdict, float(np.mean([w.log_odds for w in windows])))
 
     def _decide(self, verdict: Verdict, log_odds: float) -> Verdict:
@@ -363,6 +365,8 @@ def verdict_row(path: Path, verdict: Verdict | AudioError) -> dict:
 
 def _warnings(facts: dict, whole: bool) -> tuple[str, ...]:
     notes = [facts["caution"]] if "caution" in facts else []
+    if "calibration" not in facts:
+        notes.append(UNCALIBRATED)
     origin = facts.get("trained_on")
     if isinstance(origin, dict) and origin.get("synthetic_demo"):
         notes.append("these weights were trained on the synthetic demo corpus: they know nothing of real voices")

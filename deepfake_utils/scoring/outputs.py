@@ -161,12 +161,9 @@ class Outputs:
 
     def introduce(self, detector: Detector) -> None:
         """Say on standard error what the verdicts come from and assume, and begin the table."""
-        for line in (
-            f"weights  {detector.facts['weights']}, by {detector.engine}",
-            f"score    {detector.score_meaning}",
-            f"use      {describe_use(detector)}",
-            *(f"warning: {text}" for text in detector.warnings),
-        ):
+        lines = [f"weights  {detector.facts['weights']}, by {detector.engine}", f"score    {detector.score_meaning}"]
+        lines += [f"use      {describe_use(detector)}"] if detector.is_calibrated else []
+        for line in [*lines, *(f"warning: {text}" for text in detector.warnings)]:
             print(shown(line), file=sys.stderr)
         sys.stderr.flush()
         self._known_warnings = detector.warnings
@@ -187,10 +184,11 @@ class Outputs:
         """One recording, everywhere; an OSError where a file cannot take it."""
         row = verdict_row(path, verdict)
         self._print(table_line(row, verdict, self._known_warnings))
-        windows = [_plain(vars(window)) for window in verdict.windows] if isinstance(verdict, Verdict) else []
+        windows = [_plain(vars(window)) for window in getattr(verdict, "windows", ())]
+        lists = {"warnings": list(getattr(verdict, "warnings", ())), "windows": windows}
         pieces = {
             "csv": _csv_line(row.get(name) for name in ROW_COLUMNS),
-            "json": ("," if self._n("json") else "") + "\n" + json.dumps(_plain(row) | {"windows": windows}),
+            "json": ("," if self._n("json") else "") + "\n" + json.dumps(_plain(row) | lists),
             "timeline": "".join(_csv_line([row["path"], *window.values()]) for window in windows),
         }
         if row.get("score") is not None:
