@@ -175,7 +175,7 @@ def evaluate(options: argparse.Namespace) -> int:
     if options.html:
         from deepfake_utils.report import page as report
 
-        report.write_html(options.html, result, scores, protocol, options.asv_scores)
+        report.write_html(options.html, result, options.asv_scores)
     return DONE
 
 

@@ -5,12 +5,13 @@
 #   kaggle/push.sh NAME --for-real             do it with notebooks 01 and 02
 #   kaggle/push.sh NAME [--for-real] 03        with notebook 03 alone, once 02 has finished there: it reads 02's output
 #
-# Doing it needs the `kaggle` command (pip install kaggle) and an API token from kaggle.com/settings.
+# Saying needs Python 3.11 or later and nothing else (PYTHON=... names one). Doing needs the `kaggle` command
+# (pip install kaggle, 2.2.5 or later) and an API token from kaggle.com/settings, too.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 usage() {
-    sed -n '2,8s/^# \{0,1\}//p' kaggle/push.sh >&2
+    sed -n '2,9s/^# \{0,1\}//p' kaggle/push.sh >&2
     exit 2
 }
 
@@ -27,31 +28,64 @@ for word in "$@"; do
 done
 [[ ${#numbers[@]} -gt 0 ]] || numbers=(01 02)
 out=runs/kaggle
+package="$owner/deepfake-utils"
+wait_s="${KAGGLE_WAIT_S:-600}" # for Kaggle to unpack the package
+python="${PYTHON:-python3}"
 
-if [[ "$real" ]]; then
-    command -v kaggle >/dev/null || { echo "push.sh: no kaggle command; pip install kaggle" >&2; exit 2; }
-    run() { echo "+ $*"; "$@"; }
-else
-    echo "Dry run; add --for-real to do it."
-    run() { echo "would run: $*"; }
-fi
+fail() { echo "push.sh: $*" >&2; exit 1; }
 
-make --silent install
-.venv/bin/python kaggle/build.py --owner "$owner" --out "$out"
+# The kaggle command prints its errors and returns 0. So what it says is shown, kept, and never trusted: after each step
+# the state is asked for that the step should have made.
+said=""
+run() {
+    if [[ ! "$real" ]]; then echo "would run: $*"; return; fi
+    echo "+ $*"
+    said="$("$@" 2>&1)" || fail "$* failed: $said"
+    echo "$said"
+}
+
+# "STATUS VERSION" of the package on Kaggle, such as "ready 3"; "absent 0" where there is none.
+package_state() {
+    kaggle datasets status "$package" --format 'json(status,current_version_number)' 2>/dev/null | "$python" -c '
+import json, sys
+try:
+    state = json.loads(sys.stdin.read())
+    print(state["status"], state["current_version_number"])
+except (ValueError, KeyError, TypeError):
+    print("absent 0")'
+}
+
+[[ ! "$real" ]] || command -v kaggle >/dev/null || { echo "push.sh: no kaggle command; pip install kaggle" >&2; exit 2; }
+[[ "$real" ]] || echo "Dry run; add --for-real to do it."
+"$python" kaggle/build.py --owner "$owner" --out "$out"
 
 # --dir-mode zip: without it the package folder would be left behind.
-if [[ "$real" ]] && kaggle datasets status "$owner/deepfake-utils" >/dev/null 2>&1; then
-    run kaggle datasets version -p "$out/dataset" --dir-mode zip -m "update"
-else
+status=absent version=0
+[[ ! "$real" ]] || read -r status version < <(package_state)
+if [[ "$status" == absent ]]; then
     run kaggle datasets create -p "$out/dataset" --dir-mode zip
+else
+    run kaggle datasets version -p "$out/dataset" --dir-mode zip -m "update"
 fi
 if [[ "$real" ]]; then
-    for _ in {1..60}; do
-        [[ "$(kaggle datasets status "$owner/deepfake-utils" 2>/dev/null)" == *ready* ]] && break
+    end_s=$((SECONDS + wait_s))
+    while read -r status now < <(package_state) && [[ "$status" != ready || "$now" -le "$version" ]]; do
+        ((SECONDS < end_s)) || fail "after $wait_s s $package is '$status', version $now, where version $((version + 1))" \
+            "was expected to be ready; no notebook was pushed. See https://www.kaggle.com/datasets/$package"
         sleep 5
     done
+    echo "$package, version $now, is ready"
 fi
+
 for number in "${numbers[@]}"; do
-    run kaggle kernels push -p "$(echo "$out/$number"_*)"
+    folder="$(echo "$out/$number"_*)"
+    run kaggle kernels push -p "$folder"
+    if [[ "$real" ]]; then
+        [[ "$said" != *"could not"* ]] || fail "$folder was pushed without something that it attaches: stop that run"
+        [[ "$said" == *"successfully pushed"* ]] || fail "$folder was not pushed"
+        kernel="$("$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["id"])' "$folder/kernel-metadata.json")"
+        run kaggle kernels status "$kernel"
+        [[ "$said" == *"has status"* ]] || fail "Kaggle knows no run of $kernel"
+    fi
 done
 [[ " ${numbers[*]} " == *" 03 "* ]] || echo "Notebook 03 reads what 02 saves: push it with 03 once 02 has finished."

@@ -88,48 +88,24 @@ aasist_weights: str = ""  # weights of an AASIST, such as AASIST.pth, for the pi
 
 # %% [markdown]
 # ## The corpus
+#
+# **Bona fide** is recorded human speech (real), **spoof** is speech made or altered by a machine (fake).
 
 # %%
-from IPython.display import Audio, Markdown, display
-
-from deepfake_utils.conventions import BONAFIDE, CROP_SAMPLES, SAMPLE_RATE_HZ, SPOOF, CorpusError
-from deepfake_utils.corpora import divide, find_corpora
-from deepfake_utils.demo import DEMO_NOTICE, build_demo
-from deepfake_utils.files import atomic_write
+from deepfake_utils.corpora import divide
+from deepfake_utils.notebook import Results, one_of_each, open_corpus, play, tabulate
 from deepfake_utils.report import plots
-from deepfake_utils.waveforms import decode as audio
 
-run_folder = Path(run_dir or "runs/latest").resolve()
-results = run_folder / "01_model_research"
-try:
-    corpus = None if data == "demo" else find_corpora(*([data] if data else []))[0]
-except CorpusError as nothing_found:
-    if data:
-        raise
-    print(nothing_found, "\n\nGoing on with the built-in demo corpus.")
-    corpus = None
-corpus = corpus or build_demo(run_folder.parent / "demo", scale=demo_scale)
-display(Markdown(f"**{corpus.name}** in `{corpus.root}`" + (f"  \n> {DEMO_NOTICE}" if corpus.name == "demo" else "")))
-
-
-# %%
-def show(figure, name):
-    """Keep the picture beside the results and show it."""
-    (results / "figures").mkdir(parents=True, exist_ok=True)
-    figure.savefig(results / "figures" / f"{name}.png")
-    display(figure)
-
-
+results = Results(run_dir, "01_model_research")
+show = results.show  # keeps the picture beside the results, too
+corpus = open_corpus(data, results, demo_scale)
 (train, dev, evaluation), where_from = divide(corpus, seed)
 print(where_from)
-examples = {
-    f"{'bona fide' if label == BONAFIDE else 'spoof'}: {row.utterance} ({row.attack})": audio.read_audio(row.path)
-    for label in (BONAFIDE, SPOOF)
-    for row in dev[dev["label"] == label].head(1).itertuples()
-}
+
+# %%
+examples = one_of_each(dev)
 show(plots.clips(examples), "clips")
-for title, waveform in examples.items():
-    display(Markdown(title), Audio(waveform, rate=SAMPLE_RATE_HZ))
+play(examples)
 
 # %% [markdown]
 # ## What each model sees
@@ -162,7 +138,6 @@ from deepfake_utils.models.lfcc import Lfcc
 front_end = Lfcc()
 pictures = {title: front_end(torch.from_numpy(waveform)[None])[0].numpy() for title, waveform in examples.items()}
 show(plots.cepstra(pictures), "lfcc")
-print({title: picture.shape for title, picture in pictures.items()})
 
 # %% [markdown]
 # ## What each model costs
@@ -175,6 +150,7 @@ print({title: picture.shape for title, picture in pictures.items()})
 # %%
 from torch.utils.flop_counter import FlopCounterMode
 
+from deepfake_utils.conventions import CROP_SAMPLES, SAMPLE_RATE_HZ
 from deepfake_utils.machine import FLOAT32, pick_device
 from deepfake_utils.models import build_model
 from deepfake_utils.training.config import RECIPES, TrainingConfig
@@ -226,15 +202,16 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 names = [name.strip() for name in models.split(",")]
-costs = pd.DataFrame({name: cost_of(name) for name in tqdm(names, desc="costs", unit="model")}).T
-shown = pd.DataFrame({
+bar = tqdm(names, desc="costs", unit="model", leave=False)
+costs = pd.DataFrame({name: cost_of(name) for name in bar}).T
+tabulate(pd.DataFrame({
+    "one clip of 4.04 s": names,
     "parameters": costs["parameters"].map("{:,.0f}".format),
     "multiply-adds (billion)": (costs["multiply_adds"] / 1e9).map("{:.2f}".format),
     "activations (MiB)": (costs["activation_bytes"] / 2**20).map("{:.0f}".format),
     "training (ms)": (1000 * costs["train_s"]).map("{:.0f}".format),
     "scoring (ms)": (1000 * costs["score_s"]).map("{:.0f}".format),
-})  # fmt: skip
-shown.rename_axis("one clip of 4.04 s")
+}))
 
 # %% [markdown]
 # Parameters say little about cost. AASIST has a sixtieth of RawNet2's parameters and twelve times its operations: its
@@ -254,12 +231,7 @@ shown.rename_axis("one clip of 4.04 s")
 import tempfile
 
 from deepfake_utils import evaluate, fit, score_protocol
-
-
-def draw(protocol, n):
-    """All trials, or about n of them with each attack in proportion."""
-    share = min(1.0, n / len(protocol))
-    return protocol.groupby("attack").sample(frac=share, random_state=seed).sort_index().reset_index(drop=True)
+from deepfake_utils.corpora.division import proportional_subset
 
 
 def train_briefly(name):
@@ -269,22 +241,23 @@ def train_briefly(name):
     config = RECIPES["short"].replace(
         model=name, epochs=max(1, round(n_clips / len(train))), crop_samples=samples, eval_samples=samples, seed=seed
     )
-    part = draw(train, n_clips)
+    part, judge = proportional_subset(train, n_clips, seed), proportional_subset(dev, 16, seed)
+    quiet = {"waveforms_dir": results.scratch, "say": lambda line: None}
     with tempfile.TemporaryDirectory() as folder:  # so short a training is not worth keeping
-        return fit(part, draw(dev, 16), folder, config, say=lambda line: None), config.epochs * len(part)
+        return fit(part, judge, folder, config, **quiet), config.epochs * len(part)
 
 
 # %%
 trained, seen = {}, {}
-for name in tqdm(names, desc="training", unit="model"):
+for name in tqdm(names, desc="training", unit="model", leave=False):
     trained[name], seen[name] = train_briefly(name)
 
 # %%
 import warnings
 
-trials = draw(evaluation, n_eval)
+trials = proportional_subset(evaluation, n_eval, seed)
 metrics = {}
-for name in tqdm(names, desc="scoring", unit="model"):
+for name in tqdm(names, desc="scoring", unit="model", leave=False):
     scores = score_protocol(trained[name].model, trials, n_samples=round(clip_s * SAMPLE_RATE_HZ), progress=None)
     trained[name].model.cpu()  # scored on a GPU if there is one, looked into on the CPU
     with warnings.catch_warnings(action="ignore", category=UserWarning):  # untrained models may exceed 50 %
@@ -301,12 +274,13 @@ published = {
 eer = pd.Series({name: metrics[name]["eer"] for name in names})
 low, high = (pd.Series({name: metrics[name]["eer_ci"][side] for name in names}) for side in (0, 1))
 comparison = costs.assign(eer=eer, low=low, high=high)
-pd.DataFrame({
+tabulate(pd.DataFrame({
+    f"{corpus.name}, {len(trials)} eval trials": names,
     f"EER % here, {train_s:g} s of training": (100 * eer).map("{:.1f}".format),
     "95 % interval": [f"{100 * a:.1f} to {100 * b:.1f}" for a, b in zip(low, high, strict=True)],
     "clips seen": pd.Series(seen),
     "EER % published, full recipe": [published.get(name, "-") for name in names],
-}, index=names).rename_axis(f"{corpus.name}, {len(trials)} eval trials")  # fmt: skip
+}))
 
 # %%
 show(plots.model_comparison(comparison), "comparison")
@@ -349,11 +323,12 @@ if "rawnet2-learnable" in names:
 # %%
 from deepfake_utils import load_model
 from deepfake_utils.probing import model as probing
+from deepfake_utils.waveforms.decode import fit_length
 
 briefly = trained["aasist"].model if "aasist" in trained else load_model("aasist")
 detector = load_model("aasist", weights=aasist_weights) if aasist_weights else briefly
 for title, waveform in examples.items():
-    clip = audio.fit_length(waveform, CROP_SAMPLES)
+    clip = fit_length(waveform, CROP_SAMPLES)
     attention, kept = probing.temporal_attention(detector, clip)
     figure = plots.graph_attention(clip, attention, kept, title=title)
     show(figure, f"attention_{'bonafide' if title.startswith('bona') else 'spoof'}")
@@ -373,21 +348,10 @@ for title, waveform in examples.items():
 #   shows what a number is worth before anyone relies on it.
 
 # %%
-import json
-
-from deepfake_utils.machine import describe_machine
-
 kept = ("eer", "eer_ci", "min_tdcf", "auc", "n_bonafide", "n_spoof")
 by_model = {
     name: costs.loc[name].to_dict() | {"clips_seen": seen[name]} | {key: metrics[name][key] for key in kept}
     for name in names
 }
-result = {
-    "notebook": "01_model_research",
-    "corpus": {"name": corpus.name, "kind": corpus.kind, "fingerprint": corpus.fingerprint()},
-    "metrics": {"models": by_model},
-    "config": {"train_s": train_s, "n_eval": len(trials), "clip_s": clip_s, "seed": seed},
-    "machine": describe_machine(device.device),
-}
-with atomic_write(results / "result.json") as part:
-    part.write_text(json.dumps(result, indent=2))
+settings = {"train_s": train_s, "n_eval": len(trials), "clip_s": clip_s, "seed": seed}
+results.write(corpus, metrics={"models": by_model}, config=settings, device=device.device)  # result.json

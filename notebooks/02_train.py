@@ -69,36 +69,14 @@ resume_from: str = ""  # folder 02_train of an earlier run to go on with, where 
 
 # %%
 import pandas as pd
-from IPython.display import Audio, Markdown, display
 
-from deepfake_utils.conventions import BONAFIDE, SAMPLE_RATE_HZ, SPOOF, ConfigError, CorpusError
-from deepfake_utils.corpora import divide, find_corpora
-from deepfake_utils.demo import DEMO_NOTICE, build_demo
-from deepfake_utils.files import atomic_write
+from deepfake_utils.corpora import divide
+from deepfake_utils.notebook import Results, one_of_each, open_corpus, play, tabulate
 from deepfake_utils.report import plots
-from deepfake_utils.waveforms import decode as audio
 
-run_folder = Path(run_dir or "runs/latest").resolve()
-results = run_folder / "02_train"
-try:
-    corpus = None if data == "demo" else find_corpora(*([data] if data else []))[0]
-except CorpusError as nothing_found:
-    if data:
-        raise
-    print(nothing_found, "\n\nGoing on with the built-in demo corpus.")
-    corpus = None
-corpus = corpus or build_demo(run_folder.parent / "demo", scale=demo_scale)
-display(Markdown(f"**{corpus.name}** in `{corpus.root}`" + (f"  \n> {DEMO_NOTICE}" if corpus.name == "demo" else "")))
-
-
-# %%
-def show(figure, name):
-    """Keep the picture beside the results and show it."""
-    (results / "figures").mkdir(parents=True, exist_ok=True)
-    figure.savefig(results / "figures" / f"{name}.png")
-    display(figure)
-
-
+results = Results(run_dir, "02_train")
+show = results.show  # keeps the picture beside the results, too
+corpus = open_corpus(data, results, demo_scale)
 (train, dev, evaluation), where_from = divide(corpus, seed)
 print(where_from)
 show(plots.corpus_overview(pd.concat([train, dev, evaluation])), "corpus")
@@ -108,14 +86,9 @@ show(plots.corpus_overview(pd.concat([train, dev, evaluation])), "corpus")
 # vocoders, not speech. Here is one clip of each class. Listen first, then look at the harmonics between 2 and 8 kHz.
 
 # %%
-examples = {
-    f"{'bona fide' if label == BONAFIDE else 'spoof'}: {row.utterance} ({row.attack})": audio.read_audio(row.path)
-    for label in (BONAFIDE, SPOOF)
-    for row in dev[dev["label"] == label].head(1).itertuples()
-}
+examples = one_of_each(dev)
 show(plots.clips(examples), "clips")
-for title, waveform in examples.items():
-    display(Markdown(title), Audio(waveform, rate=SAMPLE_RATE_HZ))
+play(examples)
 
 # %% [markdown]
 # ## The recipe, and whether it fits
@@ -126,6 +99,7 @@ for title, waveform in examples.items():
 # next cell says what is done instead. Nothing is shortened silently.
 
 # %%
+from deepfake_utils.conventions import SAMPLE_RATE_HZ, ConfigError
 from deepfake_utils.corpora.division import proportional_subset
 from deepfake_utils.machine import pick_device
 from deepfake_utils.training.config import RECIPES
@@ -146,11 +120,14 @@ print(f"Device: {device.reason}", *plan.why, sep="\n")
 # %%
 chosen = {"epochs": epochs, "batch_size": batch_size, "crop_samples": round(crop_s * SAMPLE_RATE_HZ)}
 config = plan.config.replace(**{name: value for name, value in chosen.items() if value})
-
 draws = ((train, plan.n_train), (dev, plan.n_dev), (evaluation, plan.n_eval))  # all trials, where the plan takes all
 train, dev, evaluation = (proportional_subset(protocol, n, seed) for protocol, n in draws)
 print(f"{len(train)} train, {len(dev)} dev and {len(evaluation)} eval trials")
-display(config.to_dict())
+published = RECIPES["paper"].to_dict()
+tabulate(pd.DataFrame([
+    {"setting": name, "here": str(value), "published recipe": str(published[name])}
+    for name, value in config.to_dict().items() if value != published[name]
+]))
 
 # %% [markdown]
 # ## What the model hears: augmentation
@@ -163,15 +140,29 @@ display(config.to_dict())
 # %%
 import torch
 
-from deepfake_utils.augment import EFFECTS, RECIPES
+from deepfake_utils import augment
 
 clip = torch.from_numpy(next(iter(examples.values())))[None]
-names = ["noise", "reverb", "lowpass", "companding", "speed", "shift", "rawboost-5"]
-changed = {name: EFFECTS[name](clip, torch.Generator().manual_seed(seed))[0].numpy() for name in names}
-show(plots.spectrogram_grid({"as recorded": clip[0].numpy()} | changed), "augmentation")
-for name in ("noise", "reverb", "rawboost-5"):
-    display(Markdown(name), Audio(changed[name], rate=SAMPLE_RATE_HZ))
-display({recipe: ", ".join(effects) or "nothing" for recipe, effects in RECIPES.items()})
+drawn = {  # with the strength fixed, so that each example shows its effect
+    "noise, 10 dB": ("noise", {"snr_db": (10.0, 10.0)}),
+    "reverb, 0.8 s": ("reverb", {"rt60_s": (0.8, 0.8), "direct_to_reverberant_db": (0.0, 0.0)}),
+    "lowpass, 3 kHz": ("lowpass", {"cutoff_hz": (3000.0, 3000.0)}),
+    "companding, 4 bits": ("companding", {"bits": (4, 4)}),
+    "speed, 0.8": ("speed", {"speed": (0.8, 0.8)}),
+    "shift, 0.4 s": ("shift", {"shift_s": (0.4, 0.4)}),
+    "rawboost-5": ("rawboost-5", {}),
+}
+changed = {"as recorded": clip[0].numpy()}
+for title, (effect, strength) in drawn.items():
+    changed[title] = augment.EFFECTS[effect](clip, torch.Generator().manual_seed(seed), **strength)[0].numpy()
+show(plots.spectrogram_grid(changed), "augmentation")
+
+# %%
+play({title: changed[title] for title in ("noise, 10 dB", "reverb, 0.8 s", "speed, 0.8", "rawboost-5")})
+tabulate(pd.DataFrame([
+    {"recipe": recipe, "its effects, in this order": ", ".join(effects) or "none"}
+    for recipe, effects in augment.RECIPES.items()
+]))
 
 # %% [markdown]
 # Does it help? On the demo's unseen attacks, with LFCC-LCNN, 10 epochs of 1 s crops and three seeds each (mean ±
@@ -193,14 +184,15 @@ display({recipe: ", ".join(effects) or "nothing" for recipe, effects in RECIPES.
 # %% [markdown]
 # ## Train
 #
-# One loop, in `deepfake_utils/training.py`, short enough to read. Each epoch ends with the error on `dev`; the weights
-# with the lowest one are kept. The checkpoint holds optimiser, averages and random state, so a run that was stopped
-# goes on exactly where it was: run the cell again. On Kaggle every session starts in an empty folder, and what an
-# earlier one saved can only be read: attach its output and give its `02_train` folder as `resume_from`, with the
+# One loop, in `deepfake_utils/training/loop.py`, short enough to read. Each epoch ends with the error on `dev`; the
+# weights with the lowest one are kept. The checkpoint holds optimiser, averages and random state, so a run that was
+# stopped goes on exactly where it was: run the cell again. On Kaggle every session starts in an empty folder, and what
+# an earlier one saved can only be read: attach its output and give its `02_train` folder as `resume_from`, with the
 # parameters as they were and `preset` "paper" or "short" ("auto" measures anew and may plan another run).
 #
-# The **equal error rate** (EER) is the error at the threshold where as many bona fide clips are rejected as spoofed
-# ones are accepted. A coin has 50 %.
+# A detector makes two kinds of error. **Real rejected**: a bona fide recording is called spoofed (the field's *miss*).
+# **Fake accepted**: a spoof is called bona fide (its *false alarm*). The threshold trades one for the other, and the
+# **equal error rate** (EER) is the error at the threshold where both rates are the same. A coin has 50 %.
 
 # %%
 from deepfake_utils import fit
@@ -208,74 +200,80 @@ from deepfake_utils.training.jobs import fit_seeds, run_job
 from deepfake_utils.training.resume import take_over
 
 if resume_from:
-    take_over(resume_from, results)
-on_kaggle = Path("/kaggle/working").is_dir()  # what lies there is saved with the notebook: not waveforms
-scratch = Path("/tmp/waveforms") if on_kaggle else run_folder.parent / "waveforms"
-curves = display(display_id=True)
-
-
-def redraw(history):
-    """Draw the curves so far in place of the last ones."""
-    if curves:
-        curves.update(plots.training_curves(history))
-
+    take_over(resume_from, results.folder)
+redraw = results.live("training_curves")
 
 # %%
 if n_seeds == 1:
-    result = fit(train, dev, results, config, waveforms_dir=scratch, on_epoch=redraw, say=print)
+    result = fit(train, dev, results.folder, config, waveforms_dir=results.scratch, say=print,
+                 on_epoch=lambda history: redraw(plots.training_curves(history)))
 else:
-    seeds = fit_seeds(train, dev, results, config, range(seed, seed + n_seeds), waveforms_dir=scratch)
-    display(seeds)
-    result = run_job(results / f"seed_{seed}", say=print)
+    several = range(seed, seed + n_seeds)
+    tabulate(fit_seeds(train, dev, results.folder, config, several, waveforms_dir=results.scratch))
+    result = run_job(results.folder / f"seed_{seed}", say=print)
+redraw(plots.training_curves(result.history))
 
 # %%
-show(plots.training_curves(result.history), "training_curves")
-result.history.round(4)
+history = result.history
+tabulate(pd.DataFrame({
+    "epoch": history["epoch"],
+    "training loss": history["train_loss"].map("{:.4f}".format),
+    "dev EER %": 100 * history["dev_eer"],
+    "learning rate": history["learning_rate"].map("{:.2g}".format),
+    "utterances a second": history["utterances_per_s"].map("{:.1f}".format),
+    "waiting for data %": 100 * history["data_wait_fraction"],
+}))
 
 # %% [markdown]
 # ## Look at `eval` once
 #
 # Nothing above has seen these trials, neither for training nor for choosing the epoch. (The reference training script
 # picks its best checkpoint by the *eval* error; figures made that way are lower, and not a forecast of anything.)
+# Training may score `dev` on shorter clips to save time, so here both are scored on the first 4.04 s of each clip.
 
 # %%
 from deepfake_utils import evaluate, score_protocol
-from deepfake_utils.evaluation.intervals import several_seeds
 from deepfake_utils.evaluation.scorefile import write_scores
 from deepfake_utils.scoring.score import SCORE_KIND
 
-scores = score_protocol(result.model, evaluation, progress="eval")
-write_scores(results / "eval_scores.csv", scores, {"score": SCORE_KIND, "split": "eval", "corpus": corpus.name})
-asv_scores = corpus.asv_scores("eval")
-metrics = evaluate(scores, evaluation, asv_scores, attack_intervals=True)
-low, high = metrics["eer_ci"]
+scored, kind = {}, {"score": SCORE_KIND, "corpus": corpus.name}
+for split, protocol in {"dev": dev, "eval": evaluation}.items():
+    scores = score_protocol(result.model, protocol, progress=split)
+    write_scores(results.folder / f"{split}_scores.csv", scores, kind | {"split": split})
+    scored[split] = scores["score"].to_numpy(), protocol["label"].to_numpy()
+metrics = evaluate(scores, evaluation, corpus.asv_scores("eval"), attack_intervals=True)
+
+# %%
+from IPython.display import Markdown, display
+
+from deepfake_utils.conventions import BONAFIDE, SPOOF
+from deepfake_utils.evaluation.metrics import auc, compute_eer
+
+dev_eer, bounds = compute_eer(*scored["dev"]).eer, metrics["eer_ci"]
+interval = f" [{100 * bounds[0]:.2f}, {100 * bounds[1]:.2f}]" if bounds else ""
 tandem = f"{metrics['min_tdcf']:.4f}" if metrics["min_tdcf"] is not None else "no ASV scores"
-display(Markdown(f"""| | dev (selected on) | eval |
+n_real, n_fake = (int((dev["label"] == label).sum()) for label in (BONAFIDE, SPOOF))
+display(
+    Markdown(f"""| | dev (selected on) | eval |
 |---|---|---|
-| EER | {100 * result.best_dev_eer:.2f} % | **{100 * metrics["eer"]:.2f} %** [{100 * low:.2f}, {100 * high:.2f}] |
-| min t-DCF (2019) | | {tandem} |
-| AUC | | {metrics["auc"]:.4f} |
-| trials | {len(dev)} | {metrics["n_bonafide"]} bona fide, {metrics["n_spoof"]} spoof |"""))
+| EER [95 % interval] | {100 * dev_eer:.2f} % | **{100 * metrics["eer"]:.2f} %**{interval} |
+| min t-DCF (2019) | - | {tandem} |
+| AUC | {auc(*scored["dev"]):.4f} | {metrics["auc"]:.4f} |
+| trials, bona fide + spoof | {n_real} + {n_fake} | {metrics["n_bonafide"]} + {metrics["n_spoof"]} |""")
+)
 
 # %% [markdown]
 # The distance between the two columns is the **generalisation gap**. Development attacks are the training attacks, so
 # the dev error answers "does it recognise what it was shown"; only eval asks about anything new.
 
 # %%
-labels = evaluation["label"].to_numpy()
-values = scores["score"].to_numpy()
-show(plots.score_histogram(values, labels, threshold=metrics["eer_threshold"], title="eval scores"), "histogram")
-dev_scores = score_protocol(result.model, dev, progress="dev")  # the whole length, as eval; training may take less
-write_scores(results / "dev_scores.csv", dev_scores, {"score": SCORE_KIND, "split": "dev", "corpus": corpus.name})
-systems = {"dev": (dev_scores["score"].to_numpy(), dev["label"].to_numpy()), "eval": (values, labels)}
-show(plots.det_curves(systems), "det")
+show(plots.score_histogram(*scored["eval"], threshold=metrics["eer_threshold"], title="eval scores"), "histogram")
+show(plots.det_curves(scored), "det")
 
 # %%
-rows = [
-    {"attack": attack, "eer": row["eer"], "n": row["n"]} | dict(zip(("low", "high"), row["eer_ci"] or (), strict=False))
-    for attack, row in metrics["per_attack"].items()
-]
-show(plots.attack_bars(pd.DataFrame(rows), overall=metrics["eer"], seen=sorted(set(train["attack"]))), "attacks")
+from deepfake_utils.report.tables import attack_rows
+
+show(plots.attack_bars(attack_rows(metrics), overall=metrics["eer"], seen=sorted(set(train["attack"]))), "attacks")
 
 # %% [markdown]
 # **What to report**: the eval EER with its interval, the number of speakers behind it, the recipe, and the mean and
@@ -283,28 +281,20 @@ show(plots.attack_bars(pd.DataFrame(rows), overall=metrics["eer"], seen=sorted(s
 # takes the scores written here and asks where and why the errors happen.
 
 # %%
+from deepfake_utils.evaluation.intervals import several_seeds
+
 eval_eers = [metrics["eer"]]
 for other in range(seed + 1, seed + n_seeds):
-    other_scores = score_protocol(run_job(results / f"seed_{other}").model, evaluation, progress=f"eval, seed {other}")
+    other_model = run_job(results.folder / f"seed_{other}").model
+    other_scores = score_protocol(other_model, evaluation, progress=f"eval, seed {other}")
     eval_eers.append(evaluate(other_scores, evaluation, n_bootstrap=0)["eer"])
 if n_seeds > 1:
     summary = several_seeds(eval_eers)
     print(f"eval EER over {n_seeds} seeds: mean {100 * summary.mean:.2f} %, deviation {100 * summary.sd:.2f} %")
 
 # %%
-import json
-
-from deepfake_utils.machine import describe_machine
-
-result_file = {
-    "notebook": "02_train",
-    "corpus": {"name": corpus.name, "kind": corpus.kind, "fingerprint": corpus.fingerprint()},
-    "metrics": metrics.to_dict()
-    | {"dev_eer": result.best_dev_eer, "best_epoch": result.best_epoch, "stopped": result.stopped}
-    | {"eval_eer_by_seed": eval_eers},
-    "config": config.to_dict() | {"n_train": len(train), "n_dev": len(dev), "n_eval": len(evaluation)},
-    "plan": plan.why,
-    "machine": describe_machine(device.device),
-}
-with atomic_write(results / "result.json") as part:
-    part.write_text(json.dumps(result_file, indent=2))
+found = {"dev_eer": dev_eer, "best_epoch": result.best_epoch, "stopped": result.stopped, "eval_eer_by_seed": eval_eers}
+used = {"n_train": len(train), "n_dev": len(dev), "n_eval": len(evaluation)}
+results.write(
+    corpus, metrics=metrics.to_dict() | found, config=config.to_dict() | used, device=device.device, plan=plan.why
+)  # result.json

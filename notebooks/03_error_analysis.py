@@ -65,129 +65,35 @@ n_bootstrap: int = 1000  # bootstrap replicates of each interval
 
 # %% [markdown]
 # ## What is analysed
+#
+# Each trial is one recording. **Bona fide** is recorded human speech (real), **spoof** is speech made or altered by a
+# machine (fake); a high score says bona fide. Two errors are possible, and this notebook calls them by these names
+# only: **real rejected** (a bona fide recording is called spoofed; the field says *miss*) and **fake accepted** (a
+# spoof is called bona fide; the field says *false alarm*).
+
+# %%
+from deepfake_utils.notebook import Results, demo_notice, open_corpus, scored_splits, tabulate
+
+results = Results(run_dir, "03_error_analysis")
+show = results.show  # keeps the picture beside the results, too
+corpus = open_corpus(data, results, demo_scale)
+named = {"train_dir": train_dir, "weights": weights, "weights_model": weights_model, "scores": scores}
+scored = scored_splits(corpus, results, **named, n_scored=n_scored, seed=seed)
+dev, evaluation, detector, seen = scored.dev, scored.evaluation, scored.detector, scored.seen
 
 # %%
 import numpy as np
 import pandas as pd
-from IPython.display import HTML, Audio, Markdown, display
-
-from deepfake_utils.conventions import SAMPLE_RATE_HZ, CheckpointError, CorpusError, ScoreError
-from deepfake_utils.corpora import division, find_corpora
-from deepfake_utils.demo import DEMO_NOTICE, build_demo
-from deepfake_utils.evaluation import compare
-from deepfake_utils.files import atomic_write
-from deepfake_utils.probing import model as probing
-from deepfake_utils.probing import shortcuts
-from deepfake_utils.report import page as report
-from deepfake_utils.report import plots
-from deepfake_utils.waveforms import decode as audio
-from deepfake_utils.waveforms import trimmed
-
-run_folder = Path(run_dir or "runs/latest").resolve()
-results = run_folder / "03_error_analysis"
-try:
-    corpus = None if data == "demo" else find_corpora(*([data] if data else []))[0]
-except CorpusError as nothing_found:
-    if data:
-        raise
-    print(nothing_found, "\n\nGoing on with the built-in demo corpus.")
-    corpus = None
-corpus = corpus or build_demo(run_folder.parent / "demo", scale=demo_scale)
-notice = DEMO_NOTICE if corpus.name == "demo" else ""
-display(Markdown(f"**{corpus.name}** in `{corpus.root}`" + (f"  \n> {notice}" if notice else "")))
-
-
-# %%
-def show(figure, name):
-    """Keep the picture beside the results and show it."""
-    (results / "figures").mkdir(parents=True, exist_ok=True)
-    figure.savefig(results / "figures" / f"{name}.png")
-    display(figure)
-
-
-def tabulate(table):
-    """Show a table without its row numbers."""
-    display(HTML(table.to_html(index=False, na_rep="-", float_format="{:.2f}".format)))
-
-
-# %%
-import json
-
-from deepfake_utils import load_model, score_protocol
-from deepfake_utils.conventions import CROP_SAMPLES
-from deepfake_utils.evaluation.scorefile import join_scores, read_scores, write_scores
-from deepfake_utils.scoring.score import SCORE_KIND
-
-
-def find_in(folder, name):
-    """A file of a run of notebook 02; with several seeds, of the first."""
-    seeds = sorted(folder.glob(f"seed_*/{name}"), key=lambda path: int(path.parent.name[5:]))
-    return folder / name if (folder / name).is_file() or not seeds else seeds[0]
-
-
-# %%
-mounted = (place for depth in range(1, 7) for place in sorted(attached.glob("*/" * depth + "02_train")))
-places = [Path(train_dir)] if train_dir else [run_folder / "02_train", *mounted]
-finished = [place for place in places if (place / "result.json").is_file()]
-trained = finished[0] if finished and not (weights or scores) else None
-if not (weights or scores or trained):
-    looked = ", ".join(map(str, places))
-    raise CheckpointError(f"No scores to analyse in {looked}: run notebook 02 into the same run_dir, name its 02_train "
-                          "folder as train_dir, or give weights (and weights_model), or a file as scores.")  # fmt: skip
-weights_file = weights or (find_in(trained, "best.safetensors") if trained else "")
-detector = load_model(weights_model or None, weights=weights_file) if weights_file else None
-
-
-# %%
-def score_file_of(split):
-    """Where this split's scores already are, if anywhere."""
-    if trained is None:
-        return scores
-    config = json.loads((trained / "result.json").read_text())["config"]
-    file = find_in(trained, f"{split}_scores.csv")
-    shortened = "epoch" in read_scores(file).meta and config.get("eval_samples") != CROP_SAMPLES
-    return "" if shortened else file  # dev scored on shorter clips, during training, is not comparable with eval
-
-
-# %%
-def scored_trials(split):
-    """The trials of a split that have a score; without a score file they are scored here."""
-    protocol, file = corpus.protocol(split if split in corpus.splits else "eval"), score_file_of(split)
-    part = division.scored_part(protocol, read_scores(file).frame) if file else protocol.head(0)
-    if part.empty and detector is None:
-        raise ScoreError(f"{file} has no trial of {corpus.name} {split}: give weights, or a file with dev and eval")
-    if part.empty:
-        file = ""
-        part = division.proportional_subset(protocol, n_scored or len(protocol), seed)
-        part = join_scores(part, score_protocol(detector, part, progress=split)[["utterance", "score"]])
-        write_scores(results / f"{split}_scores.csv", part[["utterance", "score"]], {"score": SCORE_KIND})
-    print(f"{split}: {len(part):,} of {len(protocol):,} trials, scores from {file or weights_file}")
-    return part
-
-
-# %%
 from tqdm.auto import tqdm
 
-evaluation = scored_trials("eval")
-phases = set(evaluation.get("phase", ()))
-origin = json.loads((trained / "result.json").read_text())["corpus"] if trained else {}
-if "dev" in corpus.splits or origin.get("fingerprint") == corpus.fingerprint():  # or notebook 02 has drawn a dev
-    dev = scored_trials("dev")
-elif {"progress", "eval"} <= phases:
-    dev, evaluation = (
-        evaluation[evaluation["phase"] == phase].reset_index(drop=True) for phase in ("progress", "eval")
-    )
-    print(f"All figures are of phase eval, {len(evaluation):,} trials, as published ones of ASVspoof 2021 are; "
-          f"phase progress, {len(dev):,} trials, stands in for dev.")  # fmt: skip
-else:
-    dev, evaluation = division.split_by_speaker(evaluation, seed)
-    print(f"This corpus has no dev split: half of eval, {len(dev):,} trials of other speakers, stands in for it.")
+from deepfake_utils.conventions import CROP_SAMPLES, SAMPLE_RATE_HZ
+from deepfake_utils.evaluation import compare
+from deepfake_utils.report import page, plots, tables
+from deepfake_utils.waveforms.decode import audio_info
 
-# %%
-seen = set(corpus.protocol("train")["attack"]) if "train" in corpus.splits else set()
 speakers = compare.speakers_of(evaluation)
 paths = tqdm(evaluation["path"], desc="lengths", unit="utt", delay=1, leave=False)
-evaluation["duration_s"] = [audio.audio_info(path).duration_s for path in paths]
+evaluation = evaluation.assign(duration_s=[audio_info(path).duration_s for path in paths])
 names = ["0 to 1 s", "1 to 2 s", "2 to 3 s", "3 to 4.04 s", "over 4.04 s, cut"]
 length = pd.cut(evaluation["duration_s"], [0, 1, 2, 3, CROP_SAMPLES / SAMPLE_RATE_HZ, np.inf], labels=names)
 evaluation["length"] = length.astype(str)
@@ -200,8 +106,9 @@ evaluation["length"] = length.astype(str)
 # give an interval tens of percent wide, and no error at all among *n* trials still allows a true rate up to about
 # 3/*n*.
 #
-# The threshold is the one at which errors are equal on `dev`. Accuracy and the tables further down are at that
-# threshold: it could have been chosen before eval was seen.
+# The EER is the error at the threshold where as many real recordings are rejected as fake ones accepted. That threshold
+# is known only once eval has been seen, so accuracy and the tables further down are at the one where the errors are
+# equal on `dev`: it could have been chosen beforehand.
 
 # %%
 from deepfake_utils import evaluate
@@ -217,12 +124,12 @@ if asv is not None and "phase" in asv:
 result = evaluate(
     evaluation[["utterance", "score"]], evaluation.drop(columns="score"), asv,
     by=columns, threshold=threshold, n_bootstrap=n_bootstrap, seed=seed, attack_intervals=True,
-)  # fmt: skip
-tabulate(report.headline_table(result))
+)
+tabulate(tables.headline_table(result))
 unit, n_speakers = result["bootstrap_unit"], result["n_speakers"] or "unknown"
 print(f"{result['n_bonafide']:,} bona fide and {result['n_spoof']:,} spoofed trials, {n_speakers} speakers; "
       f"intervals: 95 %, resampled by {unit}. Not one error among so many bona fide trials would still allow a "
-      f"true rate of {min(100, 300 / result['n_bonafide']):.1f} %.")  # fmt: skip
+      f"true rate of {min(100, 300 / result['n_bonafide']):.1f} %.")
 if result["eer"] > 0.4:
     print("This detector is hardly better than a coin: read what follows as a tour of the questions, not of answers.")
 
@@ -243,7 +150,7 @@ show(plots.score_panels({
     "raw score (higher: more bona fide)": (values, labels, {"EER threshold of dev": threshold,
                                                             "EER threshold of eval": result["eer_threshold"]}),
     "log-likelihood ratio, calibrated on dev": (llrs, labels, {"equal odds and costs": 0.0}),
-}), "scores")  # fmt: skip
+}), "scores")
 
 # %% [markdown]
 # If both thresholds on the left lie together, dev told where eval would be. If they lie apart, whoever fixed the
@@ -268,7 +175,7 @@ rows = {"raw": result, "calibrated on dev": calibrated}
 tabulate(pd.DataFrame([
     {"scores": name, "Cllr (bits)": row["cllr"], "min Cllr": row["min_cllr"], "actual DCF": row["act_dcf"],
      "min DCF": row["min_dcf"]} for name, row in rows.items()
-]))  # fmt: skip
+]))
 
 # %% [markdown]
 # ## Which threshold?
@@ -283,8 +190,8 @@ points = {
     use: operating_point(llrs, labels, use, speakers if unit == "speaker" else None, n_bootstrap=n_bootstrap, seed=seed)
     for use in PRESETS
 }
-tabulate(report.threshold_table(points))
-display(Markdown("\n".join(f"- *{use}*: {preset.reasoning}" for use, preset in PRESETS.items())))
+tabulate(tables.threshold_table(points))
+tabulate(tables.use_table())
 
 # %% [markdown]
 # ## In tandem with speaker verification
@@ -311,8 +218,8 @@ else:
 # few speakers for one.
 
 # %%
-tabulate(report.attack_table(result))
-show(plots.attack_bars(report.attack_rows(result), overall=result["eer"], seen=sorted(seen)), "attacks")
+tabulate(tables.attack_table(result))
+show(plots.attack_bars(tables.attack_rows(result), overall=result["eer"], seen=sorted(seen)), "attacks")
 
 # %% [markdown]
 # **Speakers.** A rejected bona fide trial is a real person called a machine. If the rejections sit with a few
@@ -326,7 +233,7 @@ if rejected["n_rejected"].any():
 else:
     print(f"None of {rejected['n_bonafide'].sum()} bona fide trials of {len(rejected)} speakers is rejected.")
 print(f"The hardest of {len(result['by']['speaker'])} speakers:")
-tabulate(report.breakdown_table(result, "speaker", worst=15))
+tabulate(tables.breakdown_table(result, "speaker", worst=15))
 
 # %% [markdown]
 # **Length, and the channel where it is known.** Clips are evaluated on their first 4.04 s, shorter ones repeated.
@@ -335,7 +242,7 @@ tabulate(report.breakdown_table(result, "speaker", worst=15))
 
 # %%
 for column in columns[1:]:
-    tabulate(report.breakdown_table(result, column))
+    tabulate(tables.breakdown_table(result, column))
 
 # %% [markdown]
 # ## The generalisation gap, laid out
@@ -347,14 +254,11 @@ for column in columns[1:]:
 # %%
 gap = compare.gap_parts(dev, evaluation, threshold)
 show(plots.gap_parts(gap), "gap")
-total = gap.attrs["eval_error"] - gap.attrs["dev_error"]
 novel = gap.loc[~gap["what"].isin(seen | {"bona fide"}), "part"].sum()
 known = gap.loc[gap["what"].isin(seen), "part"].sum()
-parts = {"attacks not in training": novel, "attacks in training": known} if seen else {}
-parts = parts or {"attacks (training set not known)": novel}
-parts = {"dev to eval": total, **parts, "bona fide speech of other speakers": gap["part"][0]}
-lines = [f"| {what} | {100 * part:+.1f} |" for what, part in parts.items()]
-display(Markdown("\n".join(["| | points of error |", "|---|---|", *lines])))
+parts = {"attacks not in training": novel, "attacks in training": known} if seen else {"attacks": novel}
+parts |= {"bona fide speech of other speakers": gap["part"][0], "dev to eval": gap["part"].sum()}
+tabulate(pd.DataFrame([{"what": what, "points of error": f"{100 * part:+.1f}"} for what, part in parts.items()]))
 
 # %% [markdown]
 # ## Did it listen to speech?
@@ -365,25 +269,28 @@ display(Markdown("\n".join(["| | points of error |", "|---|---|", *lines])))
 # this corpus, this one included.
 
 # %%
+from deepfake_utils.corpora import division
+from deepfake_utils.probing import shortcuts
 from deepfake_utils.waveforms import open_source
 
 splits = {"dev": dev, "eval": evaluation}
 measured = {name: division.balanced_subset(part, n_measured, seed) for name, part in splits.items()}
 numbers = {name: shortcuts.measure(open_source(part)) for name, part in measured.items()}
-shortcuts = shortcuts.shortcut_errors(
+alone = shortcuts.shortcut_errors(
     numbers["dev"], measured["dev"]["label"], numbers["eval"], measured["eval"]["label"],
     compare.speakers_of(measured["eval"]), n_bootstrap=n_bootstrap, seed=seed,
-)  # fmt: skip
-show(plots.eer_bars(shortcuts, title=f"n = {len(measured['eval']):,} eval trials"), "shortcuts")
-tabulate(shortcuts.assign(eer=100 * shortcuts["eer"], low=100 * shortcuts["low"], high=100 * shortcuts["high"])
-         .rename(columns={"eer": "EER %", "low": "from", "high": "to"}))  # fmt: skip
+)
+show(plots.eer_bars(alone, title=f"n = {len(measured['eval']):,} eval trials"), "shortcuts")
+tabulate(tables.shortcut_table(alone))
 
 # %% [markdown]
 # The detector itself is asked the same question: score clips again with the silence at both ends cut off. A
 # detector that listens to speech should hardly notice. (A published one went from 3.6 to 15.5 %.)
 
 # %%
+from deepfake_utils import score_protocol
 from deepfake_utils.machine import pick_device
+from deepfake_utils.waveforms.trimmed import TrimmedSource
 
 device = pick_device()
 n_again = n_rescored or (2000 if device.device.type == "cuda" else 48)
@@ -393,16 +300,17 @@ cut_s = again_numbers["leading_silence_s"] + again_numbers["trailing_silence_s"]
 if detector is None:
     print("Left out: this needs weights, and only scores were given.")
 else:
-    source = trimmed.TrimmedSource(open_source(again))
+    source = TrimmedSource(open_source(again))
+    whole = again["score"].to_numpy()
     trimmed = score_protocol(detector, again, source=source, progress="trimmed")["score"].to_numpy()
-    show(plots.trimming(again["score"].to_numpy(), trimmed, again["label"].to_numpy(), cut_s.to_numpy()), "trimming")
+    show(plots.trimming(whole, trimmed, again["label"].to_numpy(), cut_s.to_numpy()), "trimming")
 
 # %%
 trimming = None
 if detector is not None:
-    pair = {"whole clips": again["score"].to_numpy(), "silence trimmed": trimmed}
+    pair = {"whole clips": whole, "silence trimmed": trimmed}
     trimming = compare.compare(pair, again["label"], compare.speakers_of(again), n_bootstrap=n_bootstrap, seed=seed)
-    tabulate(report.comparison_table(trimming))
+    tabulate(tables.comparison_table(trimming))
     print(f"{len(again)} eval clips, half of them bona fide, attacks alike; {cut_s.mean():.2f} s cut off on average.")
 
 # %% [markdown]
@@ -413,6 +321,7 @@ if detector is not None:
 # loses detail; t-SNE keeps neighbours, and its distances between groups mean nothing.
 
 # %%
+from deepfake_utils.probing import model as probing
 from deepfake_utils.scoring.score import compute_outputs
 
 if detector is not None:
@@ -424,7 +333,8 @@ if detector is not None:
 # ## The hardest clips
 #
 # The spoofs that scored highest and the bona fide clips that scored lowest: here a detector is at its most wrong,
-# or, if it makes no such error, nearest to one. For each, from top to bottom: the waveform; its spectrogram; the
+# or, if it makes no such error, nearest to one. *Margin* is how far the score lies on the wrong side of dev's threshold
+# (negative: on the right side). For each, from top to bottom: the waveform; its spectrogram; the
 # score of one-second stretches, each as if it were a recording of its own; and which parts of the time-frequency
 # plane push the score down (orange, towards spoof) or up (purple, towards bona fide). Where the colours gather in
 # silence, or in one narrow band, the decision rests on something other than speech.
@@ -434,16 +344,21 @@ if detector is not None:
 # change of a cell would do, nothing more.
 
 # %%
+from IPython.display import Audio, display
+
+from deepfake_utils.waveforms.decode import read_audio
+
 hard = compare.hardest(evaluation, threshold, n_hardest)
-tabulate(hard[["kind", "utterance", "attack", "speaker", "duration_s", "score", "margin"]])
+shown = hard[["kind", "utterance", "attack", "speaker", "duration_s", "score", "margin"]]
+tabulate(shown.rename(columns={"duration_s": "length (s)"}))
 for row in hard.itertuples() if detector is not None else ():
-    waveform = audio.read_audio(row.path)
+    waveform = read_audio(row.path)
     windows = probing.window_scores(detector, waveform)
     heat = probing.relevance(detector, waveform)
     title = f"{row.kind}: {row.utterance}, {'bona fide' if row.label else row.attack}, speaker {row.speaker}"
     name = row.utterance.replace("/", "_")  # in a plain folder it is a path
     show(plots.clip_under_the_lens(waveform[:CROP_SAMPLES], windows, heat, whole=row.score, threshold=threshold,
-                                   title=title), f"hard_{name}")  # fmt: skip
+                                   title=title), f"hard_{name}")
     display(Audio(waveform, rate=SAMPLE_RATE_HZ))
 
 # %% [markdown]
@@ -454,6 +369,8 @@ for row in hard.itertuples() if detector is not None else ():
 # coefficients, taught on `train`, which knows nothing of the order of sounds.
 
 # %%
+from deepfake_utils import load_model
+
 second_name, second = "", None
 if second_weights:
     second_name, other = Path(second_weights).stem, load_model(second_model or None, weights=second_weights)
@@ -478,7 +395,7 @@ if second is not None:
     first_llrs = calibration.llr(both["eval"][:, 0])
     shared = (first_llrs, second_llrs, pair_labels["eval"])
     show(plots.agreement(*shared, names=("this one", second_name), threshold=0.0), "agreement")
-    tabulate(compare.agreement(*shared, 0.0).reset_index(names="class"))
+    tabulate(tables.agreement_table(compare.agreement(*shared, 0.0), "this one", second_name))
 
 # %% [markdown]
 # The difference is paired: both systems see the same draws of speakers, so what makes a draw hard cancels. **Only
@@ -492,9 +409,9 @@ if second is not None:
     comparison = compare.compare(
         systems, pair_labels["eval"], compare.speakers_of(measured["eval"]), n_bootstrap=n_bootstrap, seed=seed
     )
-    tabulate(report.comparison_table(comparison))
+    tabulate(tables.comparison_table(comparison))
     print(f"{len(measured['eval'])} eval trials; logistic weights on the raw scores: "
-          + " and ".join(f"{slope:.3g}" for slope in fusion.slopes))  # fmt: skip
+          + " and ".join(f"{slope:.3g}" for slope in fusion.slopes))
 
 # %% [markdown]
 # ## What may be said
@@ -505,48 +422,45 @@ if second is not None:
 # In-the-Wild.
 
 # %%
-from deepfake_utils.machine import describe_machine
+from IPython.display import Markdown
 
+notice = demo_notice(corpus)
 error_at_dev = (result["p_miss"] + result["p_fa"]) / 2
 worst = max(result["per_attack"], key=lambda attack: result["per_attack"][attack]["eer"])
-bounds = report.percent_interval(result["eer_ci"])
+bounds = tables.percent_interval(result["eer_ci"])
 lines = [
-    f"EER {report.percent(result['eer'])} % ({bounds} %), {n_speakers} speakers; dev "
-    f"{report.percent(measures.compute_eer(dev['score'], dev['label']).eer)} %",
-    f"error at dev's threshold {report.percent(error_at_dev)} %",
-    f"worst attack {worst}: EER {report.percent(result['per_attack'][worst]['eer'])} %",
-    f"best shortcut {shortcuts.loc[shortcuts['eer'].idxmin(), 'rule']}: EER {report.percent(shortcuts['eer'].min())} %",
+    f"EER {tables.percent(result['eer'])} % ({bounds} %), {n_speakers} speakers; dev "
+    f"{tables.percent(measures.compute_eer(dev['score'], dev['label']).eer)} %",
+    f"error at dev's threshold {tables.percent(error_at_dev)} %",
+    f"worst attack {worst}: EER {tables.percent(result['per_attack'][worst]['eer'])} %",
+    f"best shortcut {alone.loc[alone['eer'].idxmin(), 'rule']}: EER {tables.percent(alone['eer'].min())} %",
 ]
 if trimming is not None:
-    lines.append("EER on {} clips: whole {} %, trimmed {} %".format(len(again), *map(report.percent, trimming["eer"])))
+    lines.append("EER on {} clips: whole {} %, trimmed {} %".format(len(again), *map(tables.percent, trimming["eer"])))
 display(Markdown((f"> {notice}\n\n" if notice else "") + "\n".join(f"- {line}" for line in lines)))
 
 # %%
-page = report.write_html(
-    results / "report.html", result, evaluation[["utterance", "score"]], evaluation.drop(columns="score"),
-    asv, title=f"Countermeasure on {corpus.name}", notice=notice,
-)  # fmt: skip
-extra = {
-    "dev_threshold": threshold,
-    "uses": points,
-    "gap": json.loads(gap.to_json(orient="records")),
-    "shortcuts": json.loads(shortcuts.to_json(orient="records")),  # with null where there is no interval
-    "trimmed": None if trimming is None else json.loads(trimming.to_json(orient="index")),
-    "second": None if comparison is None else json.loads(comparison.to_json(orient="index")),
-}
-print(f"All tables on one page: {page}")
+written = page.write_html(
+    results.folder / "report.html", result, asv, title=f"Countermeasure on {corpus.name}", notice=notice
+)
+print(f"All tables on one page: {written}")
 
 # %%
-result_file = {
-    "notebook": "03_error_analysis",
-    "corpus": {"name": corpus.name, "kind": corpus.kind, "fingerprint": corpus.fingerprint()},
-    "metrics": result.to_dict() | extra,
-    "config": {
-        "seed": seed, "scores": str(trained or scores or weights), "weights": str(weights_file), "second": second_name,
-        "n_dev": len(dev), "n_eval": len(evaluation), "n_rescored": len(again),
-        "n_bootstrap": n_bootstrap, "calibration": calibration.to_dict(),
-    },
-    "machine": describe_machine(device.device),
-}  # fmt: skip
-with atomic_write(results / "result.json") as part:
-    part.write_text(json.dumps(result_file, indent=2))
+import json
+
+
+def plain(table, orient):
+    """A table as JSON has it, with null where there is no number."""
+    return None if table is None else json.loads(table.to_json(orient=orient))
+
+
+found = {
+    "dev_threshold": threshold, "uses": points, "gap": plain(gap, "records"), "shortcuts": plain(alone, "records"),
+    "trimmed": plain(trimming, "index"), "second": plain(comparison, "index"),
+}
+used = {
+    "seed": seed, "scores": scored.scores_from, "weights": scored.weights, "second": second_name,
+    "n_dev": len(dev), "n_eval": len(evaluation), "n_rescored": len(again), "n_bootstrap": n_bootstrap,
+    "calibration": calibration.to_dict(),
+}
+results.write(corpus, metrics=result.to_dict() | found, config=used, device=device.device)  # result.json

@@ -20,7 +20,6 @@ Conventions that let one file run unchanged in Jupyter, on Kaggle and here:
 from __future__ import annotations
 
 import argparse
-import ast
 import json
 import logging
 import os
@@ -38,6 +37,7 @@ import papermill
 from papermill.exceptions import PapermillExecutionError
 
 FOLDER = Path(__file__).resolve().parent
+OURS = sorted(FOLDER.glob("[0-9][0-9]_*.ipynb"))
 RUNS = FOLDER.parent / "runs"
 FIRST_LOOK = {"time_budget_s": "120"}  # a run without a wish takes minutes; `-p time_budget_s 36000` for a real one
 SET_BY_RUNNER = {"data": "--data FOLDER", "run_dir": "--runs FOLDER"}
@@ -48,6 +48,8 @@ OUTPUTS = {
     "weights": "*/**/*.safetensors",
     "results": "*/result.json",
 }
+PLAIN_VALUE = re.compile(r"""True|False|-?[\d.]+(e-?\d+)?|"[^"]*"|'[^']*'""")
+BAR = re.compile(r"\d%\|.*\[\d|^\s*$")  # a progress bar, or the blanks that wiped it
 TERMINAL_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -85,35 +87,27 @@ class Parameter:
 
 
 def read_parameters(notebook: Path) -> dict[str, Parameter]:
-    """The typed, commented parameters of a notebook.
-
-    Args:
-        notebook: an .ipynb file.
-
-    Returns:
-        Name to parameter, in the order of the cell.
+    """The typed, commented parameters of a notebook, in the order of the cell tagged `parameters`.
 
     Raises:
-        RunError: not exactly one cell is tagged `parameters`, or a line of it has another form.
+        RunError: there is no such notebook, or a line of that cell is not `name: type = value  # meaning`.
     """
-    cells = nbformat.read(notebook, as_version=4).cells
-    tagged = [cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])]
-    if len(tagged) != 1:
-        raise RunError(f"{notebook.name}: {len(tagged)} cells are tagged 'parameters', expected one")
-    lines = tagged[0].splitlines()
+    if notebook.suffix != ".ipynb" or not notebook.is_file():
+        known = ", ".join(path.name for path in OURS)
+        raise RunError(f"there is no notebook {notebook}: expected an .ipynb file, such as {known} in {FOLDER}")
+    with warnings_as_errors(notebook):
+        found = papermill.inspect_notebook(str(notebook))
     parameters = {}
-    for statement in ast.parse(tagged[0]).body:
-        line = lines[statement.lineno - 1]
-        meaning = line[statement.end_col_offset :].strip()
-        typed = isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)
-        if not typed or ast.unparse(statement.annotation) not in TYPES or not meaning.startswith("# "):
-            raise RunError(f"{notebook.name}: {line!r} is not of the form 'name: type = value  # meaning'")
-        try:
-            ast.literal_eval(statement.value)
-        except ValueError:
-            raise RunError(f"{notebook.name}: {line!r} computes its value; parameters are plain values") from None
-        name, kind = statement.target.id, ast.unparse(statement.annotation)
-        parameters[name] = Parameter(name, kind, ast.unparse(statement.value), meaning[2:])
+    for name, line in found.items():
+        kind, value, meaning = line["inferred_type_name"], line["default"], line["help"]
+        if kind not in TYPES or not PLAIN_VALUE.fullmatch(value) or not meaning:
+            raise RunError(
+                f"{notebook.name}: parameter {name} is {value} ({meaning}): expected 'name: type = value  # meaning' "
+                f"with a plain value of type {', '.join(TYPES)}"
+            )
+        parameters[name] = Parameter(name, kind, value, meaning)
+    if not parameters:
+        raise RunError(f"{notebook.name}: no cell tagged 'parameters', or nothing in it")
     return parameters
 
 
@@ -174,6 +168,19 @@ class RaiseWarnings(logging.Handler):
             raise RunError(f"papermill: {record.getMessage()}")
 
 
+@contextmanager
+def warnings_as_errors(notebook: Path):
+    """What papermill would only warn of is a RunError that names the notebook."""
+    strict, log = RaiseWarnings(), logging.getLogger("papermill")
+    log.addHandler(strict)
+    try:
+        yield
+    except RunError as problem:
+        raise RunError(f"{notebook.name}: {problem}") from None
+    finally:
+        log.removeHandler(strict)
+
+
 def run_notebook(notebook: Path, values: dict, run_dir: Path) -> float:
     """Execute one notebook into `run_dir` and return the seconds it took.
 
@@ -181,13 +188,8 @@ def run_notebook(notebook: Path, values: dict, run_dir: Path) -> float:
         RunError: a value has no effect, or a cell failed; names the cell, its error and the executed copy.
     """
     executed = run_dir / notebook.name
-    strict = RaiseWarnings()
-    papermill_log = logging.getLogger("papermill")
-    papermill_log.addHandler(strict)
-    try:
+    with warnings_as_errors(notebook):
         papermill.execute_notebook(notebook, executed, values, prepare_only=True, progress_bar=False)
-    finally:
-        papermill_log.removeHandler(strict)
     live = {"stderr_file": sys.stderr} if sys.stderr.isatty() else {}  # the notebook's own progress bars
     bar = {"desc": notebook.stem, "unit": "cell", "mininterval": 0.1 if live else 15}
     start_s = time.monotonic()
@@ -197,7 +199,22 @@ def run_notebook(notebook: Path, values: dict, run_dir: Path) -> float:
         )
     except PapermillExecutionError as failure:
         raise RunError(explain(failure, executed)) from None
+    finally:
+        drop_progress_bars(executed)
     return time.monotonic() - start_s
+
+
+def drop_progress_bars(executed: Path) -> None:
+    """Take the progress bars, which moved on the terminal, out of the copy to be read."""
+    notebook = nbformat.read(executed, as_version=4)
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            if output.output_type == "stream" and output.name == "stderr":
+                lines = re.split(r"\x1b\[A|[\r\n]", output.text)
+                output.text = "".join(f"{line}\n" for line in lines if not BAR.search(line))
+        if "outputs" in cell:
+            cell.outputs = [output for output in cell.outputs if output.get("text") != ""]
+    nbformat.write(notebook, executed)
 
 
 def explain(failure: PapermillExecutionError, executed: Path) -> str:
@@ -312,7 +329,7 @@ def main(arguments: list[str] | None = None) -> int:
                         help="set a parameter in the notebooks that have it")  # fmt: skip
     parser.add_argument("--list", action="store_true", help="list the parameters and stop")
     options = parser.parse_args(arguments)
-    notebooks = options.notebooks or sorted(FOLDER.glob("[0-9][0-9]_*.ipynb"))
+    notebooks = options.notebooks or OURS
     try:
         if options.list:
             print(describe({notebook: read_parameters(notebook) for notebook in notebooks}))

@@ -24,11 +24,11 @@ FLOORS = [
     {"scoring"},
     {"training", "probing"},
     {"report"},
-    {"__main__"},
+    {"__main__", "notebook"},
 ]
 WITHOUT_TENSORS = {"conventions", "files", "protocols", "corpora", "evaluation", "demo"}  # metrics must not need torch
 TENSOR_LIBRARIES = {"torch", "torchaudio"}
-DISTRIBUTIONS = {"sklearn": "scikit-learn", "PIL": "pillow"}  # where the import name is another
+DISTRIBUTIONS = {"sklearn": "scikit-learn", "PIL": "pillow", "IPython": "ipykernel"}  # where the import name is another
 OPTIONAL = {"kagglehub"}  # asked for by name, with a message where it is absent
 
 

@@ -85,10 +85,12 @@ def test_a_notebook_with_outputs_is_found(copy):
     assert problems == ["02_train: 02_train.ipynb holds outputs"]
 
 
-@pytest.mark.parametrize("line", ["import av", "import no_such_package"])
+@pytest.mark.parametrize(
+    "line", ["import av", "import no_such_package.deep as d", "import deepfake_utils.no_such_room"]
+)
 def test_a_package_kaggle_cannot_import_is_found(copy, line):
     module = copy / "dataset" / "deepfake_utils" / "conventions.py"
-    module.write_text(f"{module.read_text()}\n{line}\n")
+    module.write_text(f"{module.read_text()}\ntry:\n    {line}\nfinally:\n    pass\n\ndef later():\n    import av\n")
     (problem,) = build.check_imports(copy / "dataset")
     assert line.split()[1] in problem and "deepfake_utils" in problem
 
@@ -105,43 +107,93 @@ def test_push_says_how_it_is_used():
     assert done.returncode == 2 and "--for-real" in done.stderr
 
 
+# What the real command prints, of which nothing but the exit code 0 is always there.
+CREATED = "Your private Dataset is being created. Please check progress at https://www.kaggle.com/..."
+PUSHED = "Kernel version 1 successfully pushed.  Please check progress at https://www.kaggle.com/..."
+KAGGLE = f"""
+echo "$*" >> calls
+case "$*" in
+    "datasets status"*)
+        [[ -f version ]] || {{ echo "404 - Not Found"; exit; }}
+        echo '{{"status": "ready", "current_version_number": '"$(cat version)"'}}' ;;
+    "datasets create"*) echo "{CREATED}"; echo 1 > version ;;
+    "datasets version"*) echo "Dataset version is being created."; echo 8 > version ;;
+    "kernels push"*) echo "{PUSHED}" ;;
+    "kernels status"*) echo 'some-body/x has status "KernelWorkerStatus.QUEUED"' ;;
+esac
+"""
+
+
 @pytest.fixture
 def push(tmp_path):
-    """Runs push.sh in a repository of stubs; gives the calls of `kaggle`."""
+    """Runs push.sh in a copy of the repository's kaggle folder, with a `kaggle` that says what it is told to.
 
-    def stub(path: Path, text: str):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"#!/bin/bash\n{text}\n")
-        path.chmod(0o755)
+    Returns:
+        function(*arguments, version=None, **told) -> (exit code, output, calls of `kaggle`); `told` replaces lines of
+        KAGGLE, `version` is that of a package which is there already.
+    """
+    root = tmp_path / "repository"
+    for name in ("kaggle", "notebooks", "deepfake_utils"):
+        shutil.copytree(REPOSITORY / name, root / name, ignore=shutil.ignore_patterns("__pycache__", "*.png"))
+    shutil.copy(REPOSITORY / "LICENSE", root)
+    command = tmp_path / "bin/kaggle"
+    command.parent.mkdir()
 
-    root, calls = tmp_path / "repository", tmp_path / "calls"
-    (root / "kaggle").mkdir(parents=True)
-    shutil.copy(REPOSITORY / "kaggle" / "push.sh", root / "kaggle")
-    stub(root / ".venv/bin/python", "mkdir -p runs/kaggle/{01_model_research,02_train,03_error_analysis}")
-    stub(tmp_path / "bin/make", "")
-    stub(tmp_path / "bin/kaggle", f'echo "$*" >> {calls}; echo ready')
-    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
-
-    def run(*arguments: str) -> tuple[str, list[str]]:
-        command = ["bash", str(root / "kaggle" / "push.sh"), OWNER, *arguments]
-        done = subprocess.run(command, env=os.environ | {"PATH": path}, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done.stdout, calls.read_text().splitlines() if calls.exists() else []
+    def run(
+        *arguments: str, version: int | None = None, told: tuple[str, str] = ("", "")
+    ) -> tuple[int, str, list[str]]:
+        command.write_text(f"#!/bin/bash\ncd {tmp_path}\n{KAGGLE.replace(*told) if told[0] else KAGGLE}")
+        command.chmod(0o755)
+        for leftover in (tmp_path / "calls", tmp_path / "version"):
+            leftover.unlink(missing_ok=True)
+        if version is not None:
+            (tmp_path / "version").write_text(str(version))
+        environment = os.environ | {
+            "PATH": f"{command.parent}:{os.environ['PATH']}",
+            "KAGGLE_WAIT_S": "0",
+            "PYTHON": sys.executable,
+        }
+        script = ["bash", str(root / "kaggle" / "push.sh"), OWNER, *arguments]
+        done = subprocess.run(script, env=environment, capture_output=True, text=True)
+        calls = (tmp_path / "calls").read_text().splitlines() if (tmp_path / "calls").exists() else []
+        return done.returncode, done.stdout + done.stderr, [call for call in calls if "status" not in call]
 
     return run
 
 
 def test_push_sends_nothing_unless_asked(push):
-    said, calls = push()
-    assert calls == [] and "would run: kaggle kernels push -p runs/kaggle/02_train" in said
+    code, said, calls = push()
+    assert code == 0 and calls == [] and "would run: kaggle kernels push -p runs/kaggle/02_train" in said
 
 
 def test_push_starts_03_by_name_only(push):
-    kernels = [call for call in push("--for-real")[1] if call.startswith("kernels")]
-    assert kernels == ["kernels push -p runs/kaggle/01_model_research", "kernels push -p runs/kaggle/02_train"]
-    _, calls = push("--for-real", "03")
-    assert calls[-1] == "kernels push -p runs/kaggle/03_error_analysis"
-    assert sum(call.startswith("kernels") for call in calls) == 3
+    code, said, calls = push("--for-real")
+    assert code == 0, said
+    assert calls == [
+        "datasets create -p runs/kaggle/dataset --dir-mode zip",
+        "kernels push -p runs/kaggle/01_model_research", "kernels push -p runs/kaggle/02_train",
+    ]  # fmt: skip
+    code, said, calls = push("--for-real", "03", version=7)
+    assert code == 0 and "version 8, is ready" in said
+    assert [call.split(" -p ")[0] for call in calls] == ["datasets version", "kernels push"]
+    assert calls[-1].endswith("03_error_analysis")
+
+
+@pytest.mark.parametrize(
+    "told, version, expected",
+    [
+        ((f"{CREATED}\"; echo 1 > version", 'Dataset creation error: no quota"'), None, "after 0 s"),
+        (("echo 8 > version", "true"), 7, "version 8 was expected to be ready"),  # the old one is ready all along
+        ((PUSHED, "Kernel push error: Maximum batch GPU session count of 2 reached."), None, "was not pushed"),
+        ((PUSHED, f"The following are not valid dataset sources and could not be added to the kernel: [x]\n{PUSHED}"),
+         None, "without something that it attaches"),
+        (('some-body/x has status "KernelWorkerStatus.QUEUED"', "403 - Forbidden"), None, "knows no run"),
+    ],
+)  # fmt: skip
+def test_push_stops_where_kaggle_did_not_do_it_though_it_returned_0(push, told, version, expected):
+    code, said, calls = push("--for-real", told=told, version=version)
+    assert code == 1 and expected in said
+    assert len([call for call in calls if call.startswith("kernels push")]) <= 1
 
 
 # An imitation of Kaggle: nothing importable but what is attached, a working folder, and one of the mounts.

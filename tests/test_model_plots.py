@@ -65,4 +65,4 @@ def test_model_comparison_puts_error_against_time_with_intervals():
     assert points == [pytest.approx([20, 10]), pytest.approx([300, 50])]
     spans = [container.lines[2][0].get_segments()[0][:, 1].tolist() for container in axis.containers]
     assert spans == [pytest.approx([5, 20]), pytest.approx([40, 60])]
-    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["small, 0.3 M", "large, 18 M"]
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["a coin", "small, 0.3 M", "large, 18 M"]

@@ -210,6 +210,24 @@ def test_a_missing_corpus_folder_is_refused_before_anything_runs(toy, tmp_path):
         runner.run([toy], str(tmp_path / "absent"), tmp_path / "runs", [])
 
 
+@pytest.mark.parametrize("name", ["absent.ipynb", "01_model_research.py"])
+def test_a_missing_notebook_is_named_beside_those_there_are(tmp_path, name):
+    (tmp_path / "01_model_research.py").touch()
+    done = subprocess.run([sys.executable, str(RUNNER), str(tmp_path / name)], capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert name in done.stderr and "02_train.ipynb" in done.stderr
+
+
+def test_progress_bars_are_taken_out_and_messages_stay(tmp_path):
+    cell = nbformat.v4.new_code_cell("pass")
+    bars = "costs:   0%|      | 0/7 [00:00<?, ?it/s]\rnote: 50 % is a coin\nepoch 1: 100%|##| 7/7 [00:01<00:00]\x1b[A\n"
+    cell.outputs = [nbformat.v4.new_output("stream", name="stderr", text=text) for text in (bars, "      \r")]
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "executed.ipynb")
+    runner.drop_progress_bars(tmp_path / "executed.ipynb")
+    (kept,) = nbformat.read(tmp_path / "executed.ipynb", as_version=4).cells[0].outputs
+    assert kept.text == "note: 50 % is a coin\n"
+
+
 def test_a_failing_cell_is_shown_with_its_error(tmp_path):
     cells = ("def share(n):\n    return 1 / n", "before = 1\nshare(0)", "never = True")
     notebook = write_notebook(tmp_path / "bad.ipynb", PARAMETERS, *cells)
@@ -285,6 +303,29 @@ def test_a_whole_run_leaves_result_figures_and_executed_notebook(whole_run, scri
     assert figures and all(figure.read_bytes().startswith(b"\x89PNG") for figure in figures)
     executed = nbformat.read(run_dir / f"{script.stem}.ipynb", as_version=4)
     assert all(cell.execution_count for cell in code_cells(executed) if cell.source.strip())
+    assert len(pictures(code_cells(executed))) >= len(figures)
+
+
+def pictures(cells) -> list:
+    return [output for cell in cells for output in cell.outputs if "image/png" in output.get("data", {})]
+
+
+@each_pair
+def test_an_executed_notebook_reads_as_an_article(whole_run, script):
+    """No objects in words, no raw dictionaries, no strips of progress bars; tables of a width that fits a page."""
+    executed = nbformat.read(whole_run[1] / f"{script.stem}.ipynb", as_version=4)
+    for output in (output for cell in code_cells(executed) for output in cell.outputs):
+        if output.output_type == "stream":
+            assert output.text.strip() and "%|" not in output.text
+        else:
+            assert len(output.data) > 1, output.data  # text/plain alone: `<Figure size ...>`, a dictionary
+            assert output.data.get("text/html", "").count("<th ") <= 10, output.data["text/html"]
+
+
+def test_training_redraws_its_curves_in_one_place(whole_run):
+    executed = nbformat.read(whole_run[1] / "02_train.ipynb", as_version=4)
+    (training,) = (cell for cell in code_cells(executed) if "result = fit(" in cell.source)
+    assert len(pictures([training])) == 1
 
 
 def test_a_whole_run_trains_weights_that_load_and_numbers_that_hold_together(whole_run):

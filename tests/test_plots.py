@@ -19,7 +19,7 @@ def text_of(figure) -> str:
     axes = figure.axes
     words = [t.get_text() for axis in axes for t in axis.texts + axis.get_xticklabels()]
     for axis in axes:
-        words += [axis.get_title(), axis.get_xlabel(), axis.get_ylabel()]
+        words += [axis.get_title(), axis.get_title("left"), axis.get_xlabel(), axis.get_ylabel()]
         words += [t.get_text() for t in axis.get_legend().get_texts()] if axis.get_legend() else []
     return " | ".join(words)
 

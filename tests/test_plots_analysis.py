@@ -18,7 +18,7 @@ def separated():
 def text_of(figure) -> str:
     words = []
     for axis in figure.axes:
-        words += [axis.get_title(), axis.get_xlabel(), axis.get_ylabel()]
+        words += [axis.get_title(), axis.get_title("left"), axis.get_xlabel(), axis.get_ylabel()]
         words += [text.get_text() for text in [*axis.texts, *axis.get_xticklabels(), *axis.get_yticklabels()]]
         words += [text.get_text() for text in axis.get_legend().get_texts()] if axis.get_legend() else []
     return " | ".join(words)
@@ -75,7 +75,7 @@ def test_an_operating_point_without_errors_is_drawn_at_half_a_trial(separated):
     figure = plots.det_with_points({"eval": separated}, {"at dev": (0.3, 0.0)})
     x, y = next(line for line in figure.axes[0].lines if line.get_marker() == "X").get_data()
     assert norm.cdf([x[0], y[0]]) == pytest.approx([0.3, 0.001])
-    assert "0.0 % rejected, 30.0 % accepted" in text_of(figure)
+    assert "0.00 % real rejected, 30.00 % fake accepted" in text_of(figure)
 
 
 def test_embeddings_show_every_clip_once_and_seen_attacks_unfilled():

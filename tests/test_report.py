@@ -7,11 +7,13 @@ from html.parser import HTMLParser
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 
 from deepfake_utils import evaluate
 from deepfake_utils.evaluation import compare
 from deepfake_utils.evaluation.calibration import PRESETS, fit_calibration, operating_point
-from deepfake_utils.report import page as report
+from deepfake_utils.evaluation.metrics import compute_eer
+from deepfake_utils.report import page, tables
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +62,7 @@ def read_page(path) -> Page:
 
 
 def test_attack_table_is_sorted_and_its_shares_are_whole(result):
-    table = report.attack_table(result)
+    table = tables.attack_table(result)
     assert table["attack"].tolist() == ["A2", "<A1>", "bona fide"]
     assert table["share of all errors %"].astype(float).sum() == pytest.approx(100, abs=0.2)
     assert table["EER %"][0] == f"{100 * result['per_attack']['A2']['eer']:.2f}"
@@ -68,19 +70,19 @@ def test_attack_table_is_sorted_and_its_shares_are_whole(result):
 
 
 def test_headlines_leave_out_what_could_not_be_computed(result):
-    table = report.headline_table(result).set_index("figure")
+    table = tables.headline_table(result).set_index("figure")
     assert "min t-DCF, 2019" not in table.index
     assert table.loc["EER", "value"] == f"{100 * result['eer']:.2f}"
     assert float(table.loc["EER", "interval"].split()[0]) <= float(table.loc["EER", "value"])
 
 
 def test_breakdown_and_threshold_tables_carry_their_numbers(case, result):
-    table = report.breakdown_table(result, "codec").set_index("codec")
+    table = tables.breakdown_table(result, "codec").set_index("codec")
     assert table.loc["alaw", "EER %"] == f"{100 * result['by']['codec']['alaw']['eer']:.2f}"
     scores, keys = case
     llrs = fit_calibration(scores["score"], keys["label"]).llr(scores["score"])
     points = {use: operating_point(llrs, keys["label"], use, n_bootstrap=20) for use in PRESETS}
-    uses = report.threshold_table(points).set_index("use")
+    uses = tables.threshold_table(points).set_index("use")
     assert set(uses.index) == set(PRESETS)
     assert uses.loc["forensic triage", "LLR threshold"] == "3.00"
     assert (uses["cost"].astype(float) >= uses["least possible"].astype(float)).all()
@@ -90,17 +92,17 @@ def test_comparison_table_names_its_reference(case):
     scores, keys = case
     systems = {"one": scores["score"].to_numpy(), "two": -scores["score"].to_numpy()}
     compared = compare.compare(systems, keys["label"], keys["speaker"], n_bootstrap=20)
-    table = report.comparison_table(compared)
+    table = tables.comparison_table(compared)
     assert table["difference (points)"][0] == "reference" and table["difference (points)"][1].startswith("+")
-    assert table["95 % interval, paired"][1].endswith("by speaker")
+    assert table["interval, paired"][1].endswith("by speaker")
 
 
 def test_the_page_needs_nothing_but_itself(case, result, tmp_path):
-    path = report.write_html(tmp_path / "report.html", result, *case, title="A & B", notice="only a demo")
-    page = read_page(path)
-    assert page.links and all(link.startswith("data:image/png;base64,") for link in page.links)
-    assert all(base64.b64decode(link.split(",")[1]).startswith(b"\x89PNG") for link in page.links)
-    words = " ".join(page.words)
+    path = page.write_html(tmp_path / "report.html", result, title="A & B", notice="only a demo")
+    read = read_page(path)
+    assert read.links and all(link.startswith("data:image/png;base64,") for link in read.links)
+    assert all(base64.b64decode(link.split(",")[1]).startswith(b"\x89PNG") for link in read.links)
+    words = " ".join(read.words)
     for said in ("A & B", "only a demo", "<A1>", "alaw", f"{100 * result['eer']:.2f}", "10 speakers", "by speaker"):
         assert said in words
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
@@ -110,14 +112,25 @@ def test_the_page_of_one_phase_takes_the_whole_score_file(case, tmp_path):
     scores, keys = case
     keys = keys.assign(phase=np.where(np.arange(300) % 3, "eval", "progress"))
     result = evaluate(scores, keys, phase="eval", n_bootstrap=0)
-    page = read_page(report.write_html(tmp_path / "r.html", result, scores, keys))
-    assert f"{result['n_bonafide']} bona fide and {result['n_spoof']} spoofed trials" in " ".join(page.words)
+    read = read_page(page.write_html(tmp_path / "r.html", result))
+    assert f"{result['n_bonafide']} bona fide and {result['n_spoof']} spoofed trials" in " ".join(read.words)
+
+
+def test_the_curves_go_the_way_the_table_goes(case, monkeypatch, tmp_path):
+    """Scores in a frame whose high values mean spoof: turned for the pictures as for the figures."""
+    scores, keys = case
+    turned = scores.assign(score=-scores["score"])
+    drawn = {}
+    monkeypatch.setattr(page.plots, "det_with_points", lambda systems, points: drawn.update(systems) or Figure())
+    result = evaluate(turned, keys, higher_is="spoof", n_bootstrap=0)
+    page.write_html(tmp_path / "r.html", result)
+    assert compute_eer(*drawn["scores"]).eer == pytest.approx(result["eer"]) and result["eer"] < 0.4
 
 
 def test_a_long_breakdown_is_cut_with_a_word_about_it(case, tmp_path):
     scores, keys = case
     result = evaluate(scores, keys.assign(session=np.arange(300) // 3), by="session", n_bootstrap=0)
-    words = " ".join(read_page(report.write_html(tmp_path / "r.html", result, scores, keys)).words)
+    words = " ".join(read_page(page.write_html(tmp_path / "r.html", result)).words)
     assert "40 more rows are not shown" in words
 
 
@@ -130,6 +143,6 @@ def test_the_real_evaluation_with_its_tandem_curve(reference_data, tmp_path):
     scores = read_scores(published / "rawgat_st_mul.LA.eval.txt")
     protocol = read_keys(published / "ASVspoof2019.LA.cm.eval.trl.txt")
     result = evaluate(scores, protocol, asv, n_bootstrap=0)
-    page = read_page(report.write_html(tmp_path / "r.html", result, scores, protocol, asv))
-    words = " ".join(page.words)
-    assert "1.06" in words and "0.0335" in words and "Tandem cost" in words and len(page.links) == 4
+    read = read_page(page.write_html(tmp_path / "r.html", result, asv))
+    words = " ".join(read.words)
+    assert "1.06" in words and "0.0335" in words and "Tandem cost" in words and len(read.links) == 4

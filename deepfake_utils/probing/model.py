@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from deepfake_utils.conventions import BONAFIDE, CROP_SAMPLES, SAMPLE_RATE_HZ, ConfigError
 from deepfake_utils.models.aasist import AASIST
 from deepfake_utils.models.lfcc import Lfcc
+from deepfake_utils.scoring.score import SCORING_BATCH
 from deepfake_utils.waveforms.decode import fit_length, from_int16
 
 FFT_SAMPLES, HOP_SAMPLES = 512, 160  # of the time-frequency grid that relevance is told on: 32 ms every 10 ms
@@ -48,7 +49,8 @@ def window_scores(
     stretches = np.stack([fit_length(waveform[start : start + size], n_samples) for start in starts])
     device = next(model.parameters()).device
     with torch.no_grad():
-        scores = [model(torch.from_numpy(one[None]).to(device)).logits[0, BONAFIDE].item() for one in stretches]
+        logits = [model(batch.to(device)).logits for batch in torch.from_numpy(stretches).split(SCORING_BATCH)]
+    scores = torch.cat(logits)[:, BONAFIDE].double().cpu().numpy()
     stops = np.minimum(starts + size, len(waveform))
     return pd.DataFrame({"start_s": starts / SAMPLE_RATE_HZ, "stop_s": stops / SAMPLE_RATE_HZ, "score": scores})
 

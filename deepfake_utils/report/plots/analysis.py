@@ -38,7 +38,7 @@ def score_panels(panels: Mapping[str, tuple[np.ndarray, np.ndarray, Mapping[str,
     Args:
         panels: label of the score axis -> (scores (n,), labels (n,), {threshold's name: value}).
     """
-    figure, axes = new_figure(1, len(panels), size=(5.6 * len(panels), 3.6), squeeze=False)
+    figure, axes = new_figure(1, len(panels), size=(4.8 * len(panels), 3.6), squeeze=False)
     for axis, (scale, (scores, labels, thresholds)) in zip(axes[0], panels.items(), strict=True):
         edges = np.histogram_bin_edges(scores, bins=min(60, max(12, int(2 * np.sqrt(len(scores))))))
         for label, name in CLASS_NAME.items():
@@ -51,6 +51,7 @@ def score_panels(panels: Mapping[str, tuple[np.ndarray, np.ndarray, Mapping[str,
         for (name, value), style in zip(thresholds.items(), ("--", ":", "-.", "-"), strict=False):
             axis.axvline(value, color=BLACK, linestyle=style, linewidth=1.3, label=f"{name}: {value:.3g}")
         axis.set(xlabel=scale, ylabel="density")
+        axis.locator_params(axis="x", nbins=6)
         axis.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(0, -0.18), ncols=2)
     return figure
 
@@ -91,9 +92,7 @@ def tandem_cost(
         axis.step(thresholds, cost, where="post", color=colour, linestyle=style, linewidth=1.4,
                   label=f"{form} form: minimum {cost[best]:.4f} at {thresholds[best]:.3g}")  # fmt: skip
         axis.plot(thresholds[best], cost[best], "o", color=colour, markersize=7, markeredgecolor="white")
-    axis.axhline(1, color="0.6", linewidth=0.8, linestyle=":")
-    axis.annotate("no better than a constant decision", (1, 1), xycoords=("axes fraction", "data"), ha="right",
-                  va="bottom", fontsize="small", color="0.35")  # fmt: skip
+    axis.axhline(1, color="0.6", linewidth=0.8, linestyle=":", label="a constant decision")
     if operating_point is not None:
         axis.axvline(operating_point, color=BLACK, linestyle="-.", linewidth=1, label="threshold chosen on dev")
     top = max(1.25, min(3.0, max(float(cost.max()) for cost, _ in costs.values())))
@@ -121,7 +120,7 @@ def rejections_by_speaker(table: pd.DataFrame) -> Figure:
     axis.errorbar(position, share, yerr=spread, fmt="none", ecolor=BLACK, capsize=2.5, linewidth=0.9)
     axis.set_xticks(position, [f"{s}\nn = {n}" for s, n in zip(table["speaker"], table["n_bonafide"], strict=True)],
                     rotation=90 if len(table) > 8 else 0, fontsize="x-small")  # fmt: skip
-    axis.set(ylabel="bona fide rejected (%)", ylim=(0, 104))
+    axis.set(ylabel="real rejected (%)", ylim=(0, 104))
     return figure
 
 
@@ -152,7 +151,7 @@ def gap_parts(parts: pd.DataFrame) -> Figure:
     names = [f"{what}\nn = {n:,}" for what, n in zip(parts["what"], parts["n"], strict=True)]
     axis.set_xticks(range(len(parts) + 2), ["dev", *names, "eval"], fontsize="small")
     slant_long_names(axis, parts["what"])
-    axis.set(ylabel="mean of miss and false alarm (%)", ylim=(0, 1.12 * axis.get_ylim()[1]))
+    axis.set(ylabel="mean of real rejected and fake accepted (%)", ylim=(0, 1.12 * axis.get_ylim()[1]))
     return figure
 
 
@@ -167,12 +166,13 @@ def eer_bars(table: pd.DataFrame, *, title: str = "") -> Figure:
     axis.barh(position, 100 * table["eer"], color=SKY, edgecolor=BLUE, height=0.65)
     spread = 100 * np.clip([table["eer"] - table["low"], table["high"] - table["eer"]], 0, None)
     axis.errorbar(100 * table["eer"], position, xerr=spread, fmt="none", ecolor=BLACK, capsize=3, linewidth=1)
-    for y, eer in zip(position, table["eer"], strict=True):
-        axis.annotate(f"{100 * eer:.1f}", (0.6, y), va="center", fontsize="small")
-    axis.axvline(50, color=BLACK, linestyle=":", linewidth=1.2)
-    axis.annotate("a coin ", (50, 0.0), xycoords=("data", "axes fraction"), ha="right", va="bottom", fontsize="small")
+    for y, eer in zip(position, table["eer"], strict=True):  # beside the axes, where no bar and no whisker ends
+        axis.annotate(f"{100 * eer:.2f}", (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize="small")
+    axis.axvline(50, color=BLACK, linestyle=":", linewidth=1.2, label="a coin")
+    axis.legend(frameon=False, fontsize="small", loc="lower right", bbox_to_anchor=(1, 1))
     axis.set_yticks(position, table["rule"], fontsize="small")
-    axis.set(xlabel="EER on eval (%)", xlim=(0, 100), title=title)
+    axis.set(xlabel="EER on eval (%)", xlim=(0, 100))
+    axis.set_title(title, loc="left", fontsize="medium")
     return figure
 
 
@@ -215,7 +215,7 @@ def embedding_map(maps: Mapping[str, np.ndarray], attacks: Sequence[str], *, see
         seen: attacks that were in training.
     """
     attacks = np.asarray(attacks)
-    figure, axes = new_figure(1, len(maps), size=(4.9 * len(maps) + 1.4, 4.4), squeeze=False)
+    figure, axes = new_figure(1, len(maps), size=(4.1 * len(maps) + 1.4, 4.0), squeeze=False)
     colours = [c for c in PALETTE if c not in (BLUE, YELLOW)]
     names = sorted(set(attacks) - {NO_ATTACK})
     for axis, (title, points) in zip(axes[0], maps.items(), strict=True):
@@ -240,8 +240,8 @@ def clip_under_the_lens(
 
     Args:
         waveform: samples (n,) at 16 kHz.
-        windows: columns start_s, stop_s, score, as `attribution.window_scores` returns them.
-        relevance: (bands, frames), as `attribution.relevance` returns it: change of the score per cell.
+        windows: columns start_s, stop_s, score, as `probing.model.window_scores` returns them.
+        relevance: (bands, frames), as `probing.model.relevance` returns it: change of the score per cell.
         whole: score of the whole clip; threshold: accepted as bona fide from here on.
     """
     duration_s = len(waveform) / SAMPLE_RATE_HZ
@@ -258,6 +258,7 @@ def clip_under_the_lens(
     axes[2].axhline(whole, color=PURPLE, linewidth=1.3, label=f"whole clip: {whole:.2f}")
     axes[2].axhline(threshold, color=BLACK, linestyle="--", linewidth=1, label=f"threshold: {threshold:.2f}")
     axes[2].set(ylabel="score")
+    axes[2].ticklabel_format(axis="y", useOffset=False)  # an offset would stand where the legend does
     axes[2].legend(frameon=False, fontsize="x-small", loc="lower left", bbox_to_anchor=(0, 0.98), ncols=3)
     limit = float(np.quantile(np.abs(relevance), 0.995)) or 1.0  # a few cells outshine all others
     image = axes[3].imshow(
@@ -297,7 +298,7 @@ def agreement(
             ha=side,
             va="bottom" if y < 0.5 else "top",
             fontsize="small",
-            color="0.3",
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8},
         )
     axis.set(xlabel=f"log-likelihood ratio, {names[0]}", ylabel=f"log-likelihood ratio, {names[1]}")
     axis.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(0, -0.13), ncols=2)
@@ -320,7 +321,7 @@ def det_with_points(
         points.items(), "X*Pv", (ORANGE, GREEN, PURPLE, BLACK), strict=False
     ):
         at = norm.ppf(np.clip((p_fa, p_miss), lowest, DET_TICKS[-1]))
-        label = f"{name}: {100 * p_miss:.1f} % rejected, {100 * p_fa:.1f} % accepted"
+        label = f"{name}: {100 * p_miss:.2f} % real rejected, {100 * p_fa:.2f} % fake accepted"
         axis.plot(*at, marker, color=colour, markersize=11, markeredgecolor=BLACK, linestyle="", label=label)
     axis.legend(frameon=False, fontsize="x-small", loc="upper left", bbox_to_anchor=(0, -0.12))
     return figure

@@ -10,13 +10,12 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.signal import stft
 from scipy.stats import norm
 
-from deepfake_utils.conventions import BONAFIDE, SAMPLE_RATE_HZ, SPOOF
+from deepfake_utils.conventions import BONAFIDE, NO_ATTACK, SAMPLE_RATE_HZ, SPOOF
 from deepfake_utils.evaluation.metrics import compute_eer, det_points
 
 BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, YELLOW, BLACK = PALETTE = (
@@ -66,11 +65,12 @@ def clips(waveforms: Mapping[str, np.ndarray]) -> Figure:
         waveforms: title -> samples (n,) at 16 kHz in [-1, 1].
     """
     n = len(waveforms)
-    figure, axes = new_figure(2, n, size=(5.2 * n, 5.2), squeeze=False, height_ratios=(1, 2), sharex="col")
+    figure, axes = new_figure(2, n, size=(4.8 * n, 5.0), squeeze=False, height_ratios=(1, 2), sharex="col")
+    peak = 1.05 * max(1e-3, *(float(np.abs(waveform).max()) for waveform in waveforms.values()))  # one scale for all
     for column, (title, waveform) in enumerate(waveforms.items()):
         time_s = np.arange(len(waveform)) / SAMPLE_RATE_HZ
         axes[0, column].plot(time_s, waveform, color=BLUE if "bona" in title.lower() else VERMILION, linewidth=0.4)
-        axes[0, column].set(title=title, ylim=(-1, 1), ylabel="amplitude" if column == 0 else "")
+        axes[0, column].set(title=title, ylim=(-peak, peak), ylabel="amplitude" if column == 0 else "")
         draw_spectrogram(axes[1, column], waveform)
     return figure
 
@@ -82,7 +82,7 @@ def spectrogram_grid(waveforms: Mapping[str, np.ndarray], *, n_columns: int = 4)
         waveforms: title -> samples (n,) at 16 kHz.
     """
     n_rows = -(-len(waveforms) // n_columns)
-    figure, axes = new_figure(n_rows, n_columns, size=(3.1 * n_columns, 2.2 * n_rows), squeeze=False, sharey=True)
+    figure, axes = new_figure(n_rows, n_columns, size=(2.4 * n_columns, 2.1 * n_rows), squeeze=False, sharey=True)
     for axis in axes.flat[len(waveforms) :]:
         axis.set_visible(False)
     for axis, (title, waveform) in zip(axes.flat, waveforms.items(), strict=False):
@@ -98,19 +98,15 @@ def training_curves(history: pd.DataFrame) -> Figure:
     Args:
         history: as `fit` returns it, one row an epoch.
     """
-    figure, (loss, eer, rate) = new_figure(1, 3, size=(11, 3.2))
+    figure, (loss, eer, rate) = new_figure(1, 3, size=(9.6, 3.0))
     epochs = history["epoch"]
     loss.plot(epochs, history["train_loss"], color=BLACK, marker="o", markersize=3)
     loss.set(title="Training loss", xlabel="epoch", ylabel="weighted loss (nats)", ylim=(0, None))
     eer.plot(epochs, 100 * history["dev_eer"], color=BLUE, marker="o", markersize=3)
     best = history["dev_eer"].idxmin()
-    eer.scatter(
-        [epochs[best]], [100 * history["dev_eer"][best]], s=90, facecolors="none", edgecolors=VERMILION, linewidths=2
-    )
-    eer.annotate(
-        f"kept: {100 * history['dev_eer'][best]:.2f} %", (epochs[best], 100 * history["dev_eer"][best]),
-        xytext=(0, 12), textcoords="offset points", color=VERMILION, ha="left" if best == 0 else "center",
-    )  # fmt: skip
+    eer.scatter([epochs[best]], [100 * history["dev_eer"][best]], s=90, facecolors="none", edgecolors=VERMILION,
+                linewidths=2, label=f"kept: {100 * history['dev_eer'][best]:.2f} %")  # fmt: skip
+    eer.legend(frameon=False, fontsize="small")
     eer.set(title="Dev equal error rate", xlabel="epoch", ylabel="EER (%)", ylim=(0, None))
     rate.plot(epochs, history["learning_rate"], color=GREEN, marker="o", markersize=3)
     rate.set(title="Learning rate at the epoch's end", xlabel="epoch", ylabel="learning rate", yscale="log")
@@ -159,15 +155,15 @@ def det_curves(systems: Mapping[str, tuple[np.ndarray, np.ndarray]], *, title: s
         p_fa, p_miss = np.clip(points.p_fa, low_fa, 1 - low_fa), np.clip(points.p_miss, low_miss, 1 - low_miss)
         axis.plot(norm.ppf(p_fa), norm.ppf(p_miss), color=colour, drawstyle="steps-post",
                   label=f"{name}: EER {100 * eer:.2f} % (n = {points.n_bonafide:,} + {points.n_spoof:,})")  # fmt: skip
-        at = norm.ppf(np.clip(eer, min(low_fa, low_miss), 0.5))
+        at = norm.ppf(np.clip(eer, min(low_fa, low_miss), DET_TICKS[-1]))
         axis.plot(at, at, "o", color=colour, markersize=6)
     limits = norm.ppf((DET_TICKS[0] * 0.7, DET_TICKS[-1]))
     axis.plot(limits, limits, color="0.7", linewidth=0.8, linestyle=":")
     ticks, names = norm.ppf(DET_TICKS), [f"{100 * tick:g}" for tick in DET_TICKS]
     axis.set(xticks=ticks, yticks=ticks, xticklabels=names, yticklabels=names, xlim=limits, ylim=limits, aspect="equal")
-    axis.set(xlabel="spoof accepted (%)", ylabel="bona fide rejected (%)", title=title)
+    axis.set(xlabel="fake accepted (%)", ylabel="real rejected (%)", title=title)
     axis.grid(color="0.92")
-    axis.legend(frameon=False, fontsize="small", loc="upper right")
+    axis.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(0, -0.12))
     return figure
 
 
@@ -196,11 +192,10 @@ def attack_bars(per_attack: pd.DataFrame, *, overall: float | None = None, seen:
     slant_long_names(axis, table["attack"])
     axis.set(ylabel="EER against all bona fide (%)", ylim=(0, max(1.0, axis.get_ylim()[1])))
     if overall is not None:
-        axis.axhline(100 * overall, color=BLACK, linestyle="--", linewidth=1)
-        axis.annotate(f"pooled {100 * overall:.2f} %", (1, 100 * overall), xycoords=("axes fraction", "data"),
-                      ha="right", va="bottom", fontsize="small")  # fmt: skip
+        axis.axhline(100 * overall, color=BLACK, linestyle="--", linewidth=1, label=f"pooled {100 * overall:.2f} %")
+        axis.legend(frameon=False, fontsize="small", loc="lower right", bbox_to_anchor=(1, 1))
     if len(seen):
-        axis.set_title("hatched: not in training", fontsize="small")
+        axis.set_title("hatched: not in training", fontsize="small", loc="left")
     return figure
 
 
@@ -212,13 +207,11 @@ def corpus_overview(protocol: pd.DataFrame) -> Figure:
     """
     counts = protocol.groupby(["split", "attack"]).size().rename("trials").reset_index()
     splits = [s for s in ("train", "dev", "eval") if (counts["split"] == s).any()]
-    figure, axes = new_figure(1, len(splits), size=(3.8 * len(splits), 3.2), squeeze=False, sharey=True)
+    figure, axes = new_figure(1, len(splits), size=(3.2 * len(splits), 3.0), squeeze=False)
     for axis, split in zip(axes[0], splits, strict=True):
         part = counts[counts["split"] == split].sort_values("attack")
-        names = part["attack"].replace("-", "bona fide")
-        colours = [BLUE if attack == "-" else VERMILION for attack in part["attack"]]
-        sns.barplot(x=part["trials"].to_numpy(), y=names.to_numpy(), hue=names.to_numpy(), palette=colours,
-                    legend=False, ax=axis)  # fmt: skip
-        axis.set(title=f"{split} (n = {part['trials'].sum():,})", xlabel="trials", ylabel="")
-        axis.tick_params(labelleft=True)
+        colours = [BLUE if attack == NO_ATTACK else VERMILION for attack in part["attack"]]
+        axis.barh(part["attack"].replace(NO_ATTACK, "bona fide"), part["trials"], color=colours)
+        axis.set(title=f"{split} (n = {part['trials'].sum():,})", xlabel="trials")
+        axis.invert_yaxis()
     return figure

@@ -22,7 +22,7 @@ def filter_responses(banks: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figu
         banks: title -> (frequencies (P,) in Hz, magnitudes (n_filters, P)), as
             `SincFilters.frequency_response` gives them.
     """
-    figure, axes = new_figure(1, len(banks), size=(4.4 * len(banks), 3.2), squeeze=False, sharey=True)
+    figure, axes = new_figure(1, len(banks), size=(max(5.0, 3.3 * len(banks)), 3.0), squeeze=False, sharey=True)
     for axis, (title, (frequencies_hz, magnitudes)) in zip(axes[0], banks.items(), strict=True):
         for index, magnitude in enumerate(magnitudes):
             colour = PALETTE[index % 3]
@@ -84,20 +84,20 @@ def graph_attention(waveform: np.ndarray, attention: np.ndarray, kept: np.ndarra
         attention: (N, N), row i is how node i spreads its attention over all nodes; rows sum to 1.
         kept: (N,) bool, the nodes that graph pooling keeps.
     """
-    figure, (clip, matrix) = new_figure(1, 2, size=(12.5, 3.8), width_ratios=(1.75, 1))
-    draw_spectrogram(clip, waveform)
+    figure, (clip, matrix) = new_figure(1, 2, size=(9.8, 3.6), width_ratios=(1.6, 1))
+    draw_spectrogram(clip, waveform, colour_bar=False)  # its label would lie on that of the second scale
     n_nodes = len(attention)
     edges_s = np.linspace(0, len(waveform) / SAMPLE_RATE_HZ, n_nodes + 1)
     received = clip.twinx()
     shares = n_nodes * attention.mean(0)
     received.stairs(shares, edges_s, baseline=None, color=BLACK, linewidth=3)
     received.stairs(shares, edges_s, baseline=None, color=SKY, linewidth=1.6)
-    received.set(ylabel="attention received (1: an even share)", ylim=(0, 1.35 * shares.max()))
+    received.set(ylabel="attention received\n(1: an even share)", ylim=(0, 1.35 * shares.max()))
     centres_s = (edges_s[:-1] + edges_s[1:]) / 2
     clip.plot(centres_s[kept], np.full(kept.sum(), 7.8), "v", color="white", markeredgecolor=BLACK, markersize=6)
-    clip.set_title(f"{title}; triangles: the {kept.sum()} nodes kept of {n_nodes}", fontsize="medium")
+    clip.set_title(f"{title}\ntriangles: the {kept.sum()} nodes kept of {n_nodes}", fontsize="medium")
     image = matrix.imshow(n_nodes * attention, cmap="cividis", origin="lower", interpolation="nearest")
-    matrix.set(xlabel="attended node", ylabel="attending node", title="attention, times an even share")
+    matrix.set(xlabel="attended node", ylabel="attending node", title="attention\ntimes an even share")
     figure.colorbar(image, ax=matrix, pad=0.01)
     return figure
 
@@ -116,12 +116,12 @@ def model_comparison(table: pd.DataFrame) -> Figure:
             1000 * row["score_s"], 100 * row["eer"], yerr=spread, color=colour, marker=marker, markersize=8,
             capsize=3, linestyle="", label=f"{name}, {row['parameters'] / 1e6:.2g} M",
         )  # fmt: skip
-    axis.axhline(50, color="0.6", linewidth=0.8, linestyle=":")
-    axis.annotate("a coin", (0, 50), xycoords=("axes fraction", "data"), xytext=(3, 2), textcoords="offset points",
-                  fontsize="small")  # fmt: skip
+    axis.axhline(50, color="0.6", linewidth=0.8, linestyle=":", label="a coin")
     axis.set(xscale="log", ylim=(0, None), xlabel="scoring time (ms a clip)", ylabel="EER here (%), 95 % interval")
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.xaxis.set_minor_formatter(NullFormatter())
-    axis.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5), title="parameters")
+    axis.legend(
+        frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5), title="model, parameters"
+    )
     return figure

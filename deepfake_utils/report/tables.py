@@ -1,0 +1,222 @@
+"""Tables of an evaluation for people: percent, plain words, nothing computed.
+
+The two errors have the same two names everywhere: *real rejected* is the share of bona fide recordings that are called
+spoofed (the field's miss), *fake accepted* the share of spoofs that are called bona fide (its false alarm).
+"""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from deepfake_utils.evaluation.calibration import PRESETS
+
+HEADLINES = {  # name in the result -> (title, factor, digits, what it is)
+    "eer": ("EER", 100, 2, "% wrong at the threshold where as many real are rejected as fake accepted; a coin has 50"),
+    "min_tdcf": ("min t-DCF, 2019", 1, 4, "cost in tandem with speaker verification; 1 is useless"),
+    "min_tdcf_revised": ("min t-DCF, 2021 form", 1, 4, "the same with the cost of the verification itself"),
+    "tandem_eer": ("tandem EER", 100, 2, "% where target, nontarget and spoof trials fare alike"),
+    "min_dcf": ("min DCF", 1, 4, "ASVspoof 5 cost at the best threshold for these trials"),
+    "act_dcf": ("actual DCF", 1, 4, "the same at the threshold that calibrated scores would have"),
+    "cllr": ("Cllr", 1, 4, "bits; scores taken at their word as log-likelihood ratios"),
+    "min_cllr": ("min Cllr", 1, 4, "bits; what is left after the best recalibration"),
+    "auc": ("AUC", 1, 4, "probability that a bona fide trial outscores a spoof"),
+    "accuracy": ("accuracy", 100, 2, "% at the threshold below; depends on how many spoofs there are"),
+}
+
+
+def percent(fraction: float | None, digits: int = 2) -> str:
+    """A fraction in percent, or a dash where there is none.
+
+    >>> percent(0.0106), percent(None)
+    ('1.06', '-')
+    """
+    return "-" if fraction is None or pd.isna(fraction) else f"{100 * fraction:.{digits}f}"
+
+
+def percent_interval(bounds: list[float] | None) -> str:
+    """Bounds in percent, or a dash. Without any error there is none to resample: 0 to 0 would promise too much.
+
+    >>> percent_interval([0.01, 0.025]), percent_interval([0.0, 0.0])
+    ('1.00 to 2.50', 'no error seen')
+    """
+    if bounds is not None and bounds[0] == bounds[1] == 0:
+        return "no error seen"
+    return "-" if bounds is None else f"{100 * bounds[0]:.2f} to {100 * bounds[1]:.2f}"
+
+
+def headline_table(result: dict) -> pd.DataFrame:
+    """The figures of the whole evaluation: figure, value, interval, meaning.
+
+    Args:
+        result: what `evaluation.evaluate` returned; figures it could not compute are left out.
+    """
+    rows = []
+    for name, (title, factor, digits, meaning) in HEADLINES.items():
+        if result.get(name) is not None:
+            bounds = result.get(f"{name}_ci")
+            interval = f"{factor * bounds[0]:.{digits}f} to {factor * bounds[1]:.{digits}f}" if bounds else "-"
+            if bounds and result["eer"] == 0 and bounds[0] == bounds[1]:
+                interval = "no error seen"  # there is none to resample: an interval would promise too much
+            rows.append((title, f"{factor * result[name]:.{digits}f}", interval, meaning))
+    return pd.DataFrame(rows, columns=["figure", "value", "interval", "meaning"])
+
+
+def attack_table(result: dict) -> pd.DataFrame:
+    """One row an attack, the hardest first: trials, EER against all bona fide with interval, min t-DCF where there were
+    ASV scores, its share of all errors.
+
+    Args:
+        result: what `evaluation.evaluate` returned.
+    """
+    rows = [
+        {
+            "attack": attack,
+            "trials": f"{row['n']:,}",
+            "EER %": percent(row["eer"]),
+            "interval": percent_interval(row["eer_ci"]),
+            "min t-DCF, 2019": "-" if row["min_tdcf"] is None else f"{row['min_tdcf']:.4f}",
+            "fake accepted %": percent(row["p_fa"]),
+            "share of all errors %": percent(row["share_of_errors"], 1),
+        }
+        for attack, row in sorted(result["per_attack"].items(), key=lambda item: -item[1]["eer"])
+    ]
+    if rows and result.get("bonafide_share_of_errors") is not None:
+        dashes = dict.fromkeys(("EER %", "interval", "min t-DCF, 2019", "fake accepted %"), "-")
+        share = percent(result["bonafide_share_of_errors"], 1)
+        trials = f"{result['n_bonafide']:,}"
+        rows.append({"attack": "bona fide", "trials": trials, **dashes, "share of all errors %": share})
+    table = pd.DataFrame(rows)
+    return table.drop(columns="min t-DCF, 2019") if result["min_tdcf"] is None and rows else table
+
+
+def attack_rows(result: dict) -> pd.DataFrame:
+    """What `plots.attack_bars` draws: attack, eer, n, and low and high where there is an interval.
+
+    Args:
+        result: what `evaluation.evaluate` returned.
+    """
+    rows = [
+        {
+            "attack": attack,
+            "eer": row["eer"],
+            "n": row["n"],
+            **dict(zip(("low", "high"), row["eer_ci"] or (), strict=False)),
+        }
+        for attack, row in result["per_attack"].items()
+    ]
+    return pd.DataFrame(rows)
+
+
+def breakdown_table(result: dict, column: str, *, worst: int | None = None) -> pd.DataFrame:
+    """One row for each value of a column: trials of both classes, EER with interval, against what, error rates.
+
+    Args:
+        result: what `evaluation.evaluate(..., by=column)` returned.
+        worst: only so many values, those with the highest EER first; None: all, as they come.
+    """
+    groups = list(result["by"][column].items())
+    if worst is not None:
+        groups = sorted(groups, key=lambda item: -item[1]["eer"])[:worst]
+    rows = [
+        {
+            column: value,
+            "bona fide": f"{row['n_bonafide']:,}",
+            "spoof": f"{row['n_spoof']:,}",
+            "EER %": percent(row["eer"]),
+            "interval": percent_interval(row["eer_ci"]),
+            "against": row["against"],
+            "real rejected %": percent(row["p_miss"]),
+            "fake accepted %": percent(row["p_fa"]),
+        }
+        for value, row in groups
+    ]
+    return pd.DataFrame(rows)
+
+
+def threshold_table(points: dict[str, dict]) -> pd.DataFrame:
+    """One row for each use: its threshold, and what it comes to on eval.
+
+    Args:
+        points: name in calibration.PRESETS -> what `calibration.operating_point` returned.
+    """
+    rows = [
+        {
+            "use": name,
+            "LLR threshold": f"{point['llr_threshold']:.2f}",
+            "real rejected %": percent(point["p_miss"]),
+            "interval (real)": percent_interval(point["p_miss_ci"]),
+            "fake accepted %": percent(point["p_fa"]),
+            "interval (fake)": percent_interval(point["p_fa_ci"]),
+            "cost": f"{point['dcf']:.3f}",
+            "least possible": f"{point['min_dcf']:.3f}",
+        }
+        for name, point in points.items()
+    ]
+    return pd.DataFrame(rows)
+
+
+def use_table() -> pd.DataFrame:
+    """One row for each use of calibration.PRESETS: how many fakes it expects, what each error costs it, and why."""
+    rows = [
+        {
+            "use": name,
+            "fakes expected %": f"{100 * use.p_spoof:g}",
+            "cost of a real rejected": f"{use.cost_miss:g}",
+            "cost of a fake accepted": f"{use.cost_fa:g}",
+            "why": use.reasoning,
+        }
+        for name, use in PRESETS.items()
+    ]
+    return pd.DataFrame(rows)
+
+
+def comparison_table(compared: pd.DataFrame) -> pd.DataFrame:
+    """One row a system: EER, and its paired difference from the first one with interval.
+
+    Args:
+        compared: what `compare.compare` returned.
+    """
+    rows = []
+    for number, (name, row) in enumerate(compared.iterrows()):
+        has_interval = pd.notna(row["low"])
+        interval = f"{100 * row['low']:+.2f} to {100 * row['high']:+.2f}, by {row['unit']}" if has_interval else "-"
+        difference = f"{100 * row['difference']:+.2f}" if pd.notna(row["difference"]) else "-"
+        rows.append(
+            {
+                "system": name,
+                "EER %": percent(row["eer"]),
+                "difference (points)": "reference" if number == 0 else difference,
+                "interval, paired": interval,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def shortcut_table(alone: pd.DataFrame) -> pd.DataFrame:
+    """One row a decision rule: which side it calls bona fide, and its EER on eval with interval.
+
+    Args:
+        alone: what `probing.shortcuts.shortcut_errors` returned.
+    """
+    bounds = [None if pd.isna(low) else [low, high] for low, high in zip(alone["low"], alone["high"], strict=True)]
+    return pd.DataFrame(
+        {
+            "rule": alone["rule"],
+            "bona fide if": alone["bona_fide_if"].replace("", "-"),
+            "EER %": alone["eer"].map(percent),
+            "interval": list(map(percent_interval, bounds)),
+        }
+    )
+
+
+def agreement_table(agreement: pd.DataFrame, first: str, second: str) -> pd.DataFrame:
+    """One row a class: how many trials both systems, one or none of them decide rightly.
+
+    Args:
+        agreement: what `compare.agreement` returned; first, second: names of the systems.
+    """
+    names = {
+        "n": "trials", "both_right": "both right", "only_first_right": f"only {first}",
+        "only_second_right": f"only {second}", "both_wrong": "both wrong", "rank_correlation": "rank correlation",
+    }  # fmt: skip
+    return agreement.rename(columns=names).reset_index(names="class")
