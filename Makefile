@@ -21,6 +21,7 @@ run: install
 	@here="$$PWD"; cd "$(FROM)" && "$$here/$(BIN)" "$$here/notebooks/run.py" --data "$(DATA)" $(ARGS)
 
 test: install
+	@$(BIN) -m ruff check .
 	@$(BIN) -m pytest $(ARGS)
 
 sync: install
@@ -35,10 +36,11 @@ test-gpu: install
 	@$(BIN) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "make: PyTorch sees no GPU here")'
 	@$(BIN) -m pytest $(ARGS)
 
-# The environment is made once and brought up to date only when requirements.txt changes. The copy of
-# requirements.txt is put there last, so that an interrupted install is taken up again.
+# The environment is made once and brought up to date only when what it is made from changes. The copy of that is put
+# there last, so that an interrupted install is taken up again. The package is installed as a link to its source, so
+# that `python -m deepfake_utils` and `import deepfake_utils` work from anywhere.
 install:
-	@cmp -s requirements.txt $(VENV)/requirements.txt && $(BIN) -c '' 2>/dev/null && exit 0; \
+	@cat requirements.txt pyproject.toml | cmp -s - $(VENV)/installed && $(BIN) -c '' 2>/dev/null && exit 0; \
 	fits='import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))'; \
 	for python in $(if $(PYTHON),"$(PYTHON)",python3 python3.12 python3.11 python3.13 python3.14); do \
 		"$$python" -c "$$fits" 2>/dev/null && found="$$python" && break; \
@@ -52,4 +54,5 @@ install:
 	echo "Installing requirements.txt into $(VENV) with $$("$$found" --version) (once; about 5 GB, a few minutes)"; \
 	[ -t 1 ] || quiet=--quiet; \
 	$(BIN) -m pip install $$quiet --disable-pip-version-check -r requirements.txt; \
-	cp requirements.txt $(VENV)/requirements.txt
+	$(BIN) -m pip install $$quiet --disable-pip-version-check --no-deps -e .; \
+	cat requirements.txt pyproject.toml > $(VENV)/installed

@@ -29,8 +29,8 @@ from deepfake_utils.demo import DEMO_NOTICE, build_demo
 from deepfake_utils.evaluation.scorefile import join_scores, read_scores, write_scores
 from deepfake_utils.files import atomic_write
 from deepfake_utils.machine import describe_machine
-from deepfake_utils.scoring.score import SCORE_KIND, score_protocol
-from deepfake_utils.scoring.weights import load_model
+from deepfake_utils.scoring.score import score_protocol
+from deepfake_utils.scoring.weights import load_model, score_kind
 from deepfake_utils.waveforms import decode
 
 
@@ -202,7 +202,8 @@ def scored_splits(
         if part.empty:
             file, part = weights, division.proportional_subset(protocol, n_scored or len(protocol), seed)
             part = join_scores(part, score_protocol(detector, part, progress=split)[["utterance", "score"]])
-            write_scores(results.folder / f"{split}_scores.csv", part[["utterance", "score"]], {"score": SCORE_KIND})
+            meta = {"score": score_kind(detector), "split": split, "corpus": corpus.name}
+            write_scores(results.folder / f"{split}_scores.csv", part[["utterance", "score"]], meta)
         print(f"{split}: {len(part):,} of {len(protocol):,} trials, scored by {file}")
         return part
 

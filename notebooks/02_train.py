@@ -234,12 +234,12 @@ tabulate(pd.DataFrame({
 # %%
 from deepfake_utils import evaluate, score_protocol
 from deepfake_utils.evaluation.scorefile import write_scores
-from deepfake_utils.scoring.score import SCORE_KIND
+from deepfake_utils.scoring.weights import score_kind
 
-scored, kind = {}, {"score": SCORE_KIND, "corpus": corpus.name}
+scored, facts = {}, {"score": score_kind(result.model), "corpus": corpus.name}
 for split, protocol in {"dev": dev, "eval": evaluation}.items():
     scores = score_protocol(result.model, protocol, progress=split)
-    write_scores(results.folder / f"{split}_scores.csv", scores, kind | {"split": split})
+    write_scores(results.folder / f"{split}_scores.csv", scores, facts | {"split": split})
     scored[split] = scores["score"].to_numpy(), protocol["label"].to_numpy()
 metrics = evaluate(scores, evaluation, corpus.asv_scores("eval"), attack_intervals=True)
 
