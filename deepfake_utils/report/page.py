@@ -12,7 +12,8 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from deepfake_utils.evaluation import Evaluation, metrics
+from deepfake_utils.evaluation import metrics
+from deepfake_utils.evaluation.evaluate import Evaluation
 from deepfake_utils.evaluation.scorefile import read_asv_scores
 from deepfake_utils.files import atomic_write
 from deepfake_utils.report import plots
