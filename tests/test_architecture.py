@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -29,6 +30,7 @@ FLOORS = [
 WITHOUT_TENSORS = {"conventions", "files", "protocols", "corpora", "evaluation", "demo"}  # metrics must not need torch
 TENSOR_LIBRARIES = {"torch", "torchaudio"}
 DISTRIBUTIONS = {"sklearn": "scikit-learn", "PIL": "pillow", "IPython": "ipykernel"}  # where the import name is another
+ROOMS_OF_AN_EXTRA = {"report", "notebook", "serving"}  # plots, notebooks, serve
 OPTIONAL = {"kagglehub"}  # asked for by name, with a message where it is absent
 
 
@@ -117,17 +119,57 @@ def test_evaluation_loads_no_tensor_library_and_prints_nothing():
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+def project() -> dict:
+    return tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+
+
+def names_of(requirements: list[str]) -> set[str]:
+    return {re.match(r"[\w-]+", line)[0].lower() for line in requirements}
+
+
+def third_party(names: set[str]) -> dict[str, str]:
+    """Import name to distribution, of what is neither Python's nor ours."""
+    own_or_python = {"deepfake_utils", "__future__", *OPTIONAL, *sys.stdlib_module_names}
+    tops = {name.split(".")[0] for name in names} - own_or_python
+        {name.split(".")[0] for name in names} - sys.stdlib_module_names - OPTIONAL - {"deepfake_utils", "__future__"}
+    )
+    return {top: DISTRIBUTIONS.get(top, top).lower() for top in tops}
+
+
+def on_import(tree: ast.AST) -> ast.Module:
+    """The statements that run when a module is imported: without the bodies of functions."""
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+    found = [node for node in ast.iter_child_nodes(tree) if not isinstance(node, functions)]
+    inner = [statement for node in found for statement in on_import(node).body]
+    return ast.Module([node for node in found if isinstance(node, ast.Import | ast.ImportFrom)] + inner, [])
+
+
 def test_every_import_is_a_requirement():
-    text = (REPOSITORY / "requirements.txt").read_text()
-    required = {re.match(r"[\w-]+", line)[0].lower() for line in text.splitlines() if re.match(r"\w", line)}
-    unknown = {}
+    """What a room needs to be imported comes with the package; the rest, and the rooms of an extra, with extras."""
+    core = names_of(project()["dependencies"])
+    known = core.union(*map(names_of, project()["optional-dependencies"].values()))
+    unknown = []
     for name, tree in modules().items():
-        for target in imported_by(name, tree):
-            top = target.split(".")[0]
-            known = top in sys.stdlib_module_names | OPTIONAL or top in ("deepfake_utils", "__future__")
-            if not known and DISTRIBUTIONS.get(top, top).lower() not in required:
-                unknown.setdefault(top, []).append(name)
-    assert not unknown, f"not in requirements.txt: {unknown}"
+        extra = "." in name and room_of(name) in ROOMS_OF_AN_EXTRA
+        for found, allowed in ((imported_by(name, tree), known), (imported_by(name, on_import(tree)), core)):
+            missing = [top for top, distribution in third_party(found).items() if distribution not in allowed]
+            unknown += [f"{name}: {top}" for top in missing if not (extra and allowed is core)]
+    assert not unknown, f"not in pyproject.toml: {unknown}"
+
+
+def test_what_is_tested_is_all_that_the_extras_name():
+    tested = names_of(
+        [line for line in (REPOSITORY / "requirements.txt").read_text().splitlines() if line[:1].isalpha()]
+    )
+    named = names_of(project()["dependencies"]).union(*map(names_of, project()["optional-dependencies"].values()))
+    assert named - {"deepfake-utils"} == tested
+
+
+def test_the_readme_names_every_room():
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    rooms = {room_of(name) for name in modules() if "." in name} - {"__main__"}
+    unnamed = [room for room in sorted(rooms) if f"{room}/`" not in text and f"{room}.py`" not in text]
+    assert not unnamed, f"give these a line in README's 'Where things live': {unnamed}"
 
 
 def test_every_public_function_and_class_has_a_docstring():
