@@ -29,7 +29,13 @@ FLOORS = [
 ]
 WITHOUT_TENSORS = {"conventions", "files", "protocols", "corpora", "evaluation", "demo"}  # metrics must not need torch
 TENSOR_LIBRARIES = {"torch", "torchaudio"}
-DISTRIBUTIONS = {"sklearn": "scikit-learn", "PIL": "pillow", "IPython": "ipykernel"}  # where the import name is another
+DISTRIBUTIONS = {
+    "sklearn": "scikit-learn",
+    "PIL": "pillow",
+    "IPython": "ipykernel",
+    "prometheus_client": "prometheus-client",
+}
+DISTRIBUTIONS |= {"pydantic": "fastapi", "starlette": "fastapi"}  # come with it  # where the import name is another
 ROOMS_OF_AN_EXTRA = {"report", "notebook", "serving"}  # plots, notebooks, serve
 OPTIONAL = {"kagglehub"}  # asked for by name, with a message where it is absent
 
@@ -131,8 +137,6 @@ def third_party(names: set[str]) -> dict[str, str]:
     """Import name to distribution, of what is neither Python's nor ours."""
     own_or_python = {"deepfake_utils", "__future__", *OPTIONAL, *sys.stdlib_module_names}
     tops = {name.split(".")[0] for name in names} - own_or_python
-        {name.split(".")[0] for name in names} - sys.stdlib_module_names - OPTIONAL - {"deepfake_utils", "__future__"}
-    )
     return {top: DISTRIBUTIONS.get(top, top).lower() for top in tops}
 
 
