@@ -1,6 +1,7 @@
 """Reading protocols: every format as the organisers publish it, every defect with its file and line, and splits."""
 
 import copy
+import os
 import warnings
 
 import numpy as np
@@ -424,3 +425,116 @@ def test_splits_that_are_named_are_kept_and_test_sets_are_not_divided(tmp_path, 
         divide(la(LINES_2019), seed=0)
     with pytest.raises(CorpusError, match="has no split 'dev'; it has train"):
         divide(manifest_corpus(tmp_path / "named", speakers=True, split="train"), seed=0)
+
+
+def test_an_open_corpus_with_its_families_sources_and_test_split(tmp_path):
+    """What collecting open speech writes: families are attacks, test is eval, source and licence come along."""
+    rows = ["path,label,family,speaker,source,split,licence"]
+    for i, split in enumerate(["train", "train", "dev", "dev", "test", "test"]):
+        (tmp_path / f"{i}.flac").touch()
+        label, family = ("spoof", "piper") if i % 2 else ("bonafide", "")
+        rows.append(f"{i}.flac,{label},{family},s{i},repo/{i},{split},CC0-1.0")
+    (tmp_path / "manifest.csv").write_text("\n".join(rows) + "\n")
+    (corpus,) = find_corpora(tmp_path)
+    assert (corpus.splits, corpus.names_splits) == (("train", "dev", "eval"), True)
+    protocol = corpus.protocol()
+    assert list(protocol["attack"]) == ["-", "piper"] * 3 and list(protocol["split"])[-1] == "eval"
+    assert list(protocol["source"])[:2] == ["repo/0", "repo/1"] and set(protocol["licence"]) == {"CC0-1.0"}
+    (tables, said) = divide(corpus, seed=0)
+    assert [len(table) for table in tables] == [2, 2, 2] and "own" in said
+
+
+@pytest.mark.parametrize("manifest", [False, True])
+def test_trials_of_a_named_test_split_are_never_drawn_for_training(tmp_path, manifest):
+    """A folder with dev/ and test/ names its splits: it has no train, and none is made of its test set."""
+    rows = ["path,label,split"]
+    for split in ("dev", "test"):
+        for label in ("real", "fake"):
+            (tmp_path / split / label).mkdir(parents=True)
+            for i in range(6):
+                (tmp_path / split / label / f"{i}.wav").touch()
+                rows.append(f"{split}/{label}/{i}.wav,{label},{split}")
+    if manifest:
+        (tmp_path / "manifest.csv").write_text("\n".join(rows) + "\n")
+    (corpus,) = find_corpora(tmp_path)
+    assert corpus.splits == ("dev", "eval")
+    with pytest.raises(CorpusError, match="is a test set: it has dev, eval and no train"):
+        divide(corpus, seed=0)
+
+
+def test_a_manifest_that_names_some_splits_must_name_all(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.wav").touch()
+    (tmp_path / "manifest.csv").write_text("path,label,split\na.wav,real,train\nb.wav,fake,\n")
+    with pytest.raises(CorpusError, match="manifest.csv line 3: no split is given, but other lines name theirs"):
+        find_corpora(tmp_path)[0].protocol()
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("sign", [",", ";", "\t"])
+def test_tables_as_spreadsheets_write_them(tmp_path, sign, encoding):
+    (tmp_path / "clips").mkdir()
+    for name in ("ä 1.wav", "two.wav"):
+        (tmp_path / "clips" / name).touch()
+    rows = [("Path", "Label", "Speaker"), ("clips\\ä 1.wav", "Real", "Zoë"), ("clips/two.wav", "fake", "Bob")]
+    (tmp_path / "manifest.csv").write_bytes("\r\n".join(map(sign.join, rows)).encode(encoding))
+    protocol = find_corpora(tmp_path)[0].protocol()
+    assert list(protocol["path"]) == [str(tmp_path / "clips" / name) for name in ("ä 1.wav", "two.wav")]
+    assert list(protocol["speaker"]) == ["Zoë", "Bob"] and list(protocol["label"]) == [1, 0]
+
+
+@pytest.mark.parametrize(("listed", "there"), [("clips/A.WAV", "clips/a.wav"), ("Clips/a.wav", "clips/a.flac")])
+def test_a_recording_that_differs_in_case_or_suffix_is_named(tmp_path, listed, there):
+    (tmp_path / there).parent.mkdir()
+    (tmp_path / there).touch()
+    (tmp_path / "manifest.csv").write_text(f"path,label\n{listed},real\n")
+    with pytest.raises(CorpusError, match=f"no recording of {listed}, but {tmp_path / there} is there"):
+        find_corpora(tmp_path)[0].protocol()
+
+
+def test_a_lower_case_copy_of_an_official_corpus_is_named(la, tmp_path):
+    corpus = la(audio=["LA_E_1000000", "LA_E_1000001", "la_e_1000002"])
+    with pytest.raises(CorpusError, match="no recording of LA_E_1000002, but .*la_e_1000002.flac is there"):
+        corpus.protocol()
+
+
+def test_hidden_files_are_never_listed_and_what_is_passed_over_is_counted(tmp_path):
+    for name in ("real/a.wav", "real/._a.wav", "real/.hidden/b.wav", "fake/__MACOSX/c.wav", "fake/d.mp4", "fake/d.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "fake" / "gone.wav").symlink_to(tmp_path / "nowhere")
+    with pytest.warns(UserWarning, match="passed over 2 files .* 1 .txt.*1 broken link|1 broken link, 1 .txt"):
+        protocol = find_corpora(tmp_path)[0].protocol()
+    assert sorted(protocol["utterance"]) == ["fake/d.mp4", "real/a.wav"]
+
+
+def test_names_that_are_no_text_survive(tmp_path):
+    names = [b"\xff{1}.wav", b'"two"\nlines.wav']
+    for folder, name in zip(("real", "fake"), names, strict=True):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / os.fsdecode(name)).touch()
+    protocol = find_corpora(tmp_path)[0].protocol()
+    assert {os.fsencode(os.path.basename(path)) for path in protocol["path"]} == set(names)
+    assert len(fingerprint(protocol)) == 12
+    protocol.to_csv(tmp_path / "mine.csv", index=False, errors="surrogateescape")
+    assert list(read_keys(tmp_path / "mine.csv")["path"]) == list(protocol["path"])
+
+
+def test_splits_are_looked_up_once(tmp_path, monkeypatch):
+    corpus = manifest_corpus(tmp_path, speakers=True)
+    assert corpus.splits == ("eval",) and not corpus.names_splits
+    monkeypatch.setattr("deepfake_utils.corpora.folder.read_manifest", lambda path: pytest.fail("read again"))
+    assert corpus.splits == ("eval",)
+
+
+@pytest.mark.parametrize(("attacks", "labels"), [(("", "vits"), [1, 0]), (("vits", "-"), [0, 1]), (("x", "y"), None)])
+def test_numbers_as_labels_are_read_only_where_the_attacks_tell(tmp_path, attacks, labels):
+    for name in "ab":
+        (tmp_path / f"{name}.wav").touch()
+    (tmp_path / "manifest.csv").write_text(f"path,label,attack\na.wav,1,{attacks[0]}\nb.wav,0,{attacks[1]}\n")
+    (corpus,) = find_corpora(tmp_path)
+    if labels is None:
+        with pytest.raises(CorpusError, match="line 2: the label '1' is ambiguous.*write bonafide and spoof$"):
+            corpus.protocol()
+    else:
+        assert list(corpus.protocol()["label"]) == labels
