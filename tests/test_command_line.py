@@ -338,7 +338,8 @@ def test_evaluate_takes_scores_that_point_the_other_way(score_case, tmp_path):
     pairs = (line.split() for line in scores.read_text().splitlines())
     flipped.write_text("".join(f"{name} {-float(value)}\n" for name, value in pairs))
     wrong = run("evaluate", flipped, "--protocol", keys, "--n-bootstrap", 0)
-    assert "--higher-is spoof" in wrong.stderr
+    assert wrong.stderr.startswith("note: EER is") and "--higher-is spoof" in wrong.stderr
+    assert "--one-is spoof" in wrong.stderr and "attack" not in wrong.stdout  # a line of EER, no pages of nonsense
     right = run("evaluate", flipped, "--protocol", keys, "--n-bootstrap", 0, "--higher-is", "spoof")
     assert "33.333 %" in right.stdout and "note:" not in right.stderr
 

@@ -166,3 +166,13 @@ def test_the_command_line_trains_and_goes_on(corpus, tmp_path):
     bad = subprocess.run([*command, "--data", str(tmp_path / "corpus"), "--set", "epoch=1"], cwd=REPOSITORY,
                          capture_output=True, text=True)  # fmt: skip
     assert bad.returncode == 2 and "unknown training setting epoch" in bad.stderr and "Traceback" not in bad.stderr
+
+
+def test_a_job_keeps_names_that_are_no_text(tmp_path):
+    names = [os.fsdecode(b"\xff{a}.wav"), 'b "c"\nd.wav']
+    protocol = pd.DataFrame({"utterance": names, "path": names, "label": [1, 0], "attack": ["-", "x"], "speaker": "-",
+                             "split": "train", "corpus": "c"})  # fmt: skip
+    jobs.write_job(tmp_path, protocol, protocol, tiny_config())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jobs, "fit", lambda train, dev, *_, **__: train)
+        pd.testing.assert_frame_equal(jobs.run_job(tmp_path), protocol)

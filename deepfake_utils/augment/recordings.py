@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from deepfake_utils.conventions import AUDIO_SUFFIXES, SAMPLE_RATE_HZ, ConfigError
+from deepfake_utils.files import list_audio
 from deepfake_utils.waveforms.decode import read_audio
 
 
@@ -30,7 +31,7 @@ def read_recordings(folder: str | os.PathLike, generator: torch.Generator, *, li
         AudioError: a recording cannot be decoded.
     """
     folder = Path(folder)
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in AUDIO_SUFFIXES and p.is_file())
+    paths, _ = list_audio(folder)
     if not paths:
         state = "holds no audio file" if folder.is_dir() else "is not a folder"
         raise ConfigError(f"recordings folder {folder} {state}: expected one with {', '.join(AUDIO_SUFFIXES)}")

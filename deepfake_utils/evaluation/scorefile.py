@@ -195,9 +195,12 @@ def join_scores(protocol: pd.DataFrame, scores: Scores | pd.DataFrame) -> pd.Dat
 
 def in_names_of(protocol: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
     """Return scores with the protocol's names for the same recordings; see `files.match_names`."""
-    names = [match_names(protocol["utterance"], scores[name]) for name in ("utterance", "path") if name in scores]
-    known = set(protocol["utterance"])
-    return scores.assign(utterance=max(names, key=lambda names: len(known.intersection(names))))
+    best, known = scores, set(protocol["utterance"])
+    for column in ("utterance", "path"):
+        if column in scores and not best["utterance"].isin(known).all():
+            matched = scores.assign(utterance=match_names(protocol["utterance"], scores[column]))
+            best = max(best, matched, key=lambda frame: frame["utterance"].isin(known).sum())
+    return best
 
 
 def read_asv_scores(path: str | os.PathLike) -> pd.DataFrame:

@@ -40,7 +40,7 @@ def write_job(
     place = {} if waveforms_dir is None else {"waveforms_dir": str(Path(waveforms_dir).absolute())}
     for name, protocol in zip(PROTOCOLS, (train, dev), strict=True):
         with atomic_write(folder / f"{name}.csv") as part:
-            protocol.to_csv(part, index=False)
+            protocol.to_csv(part, index=False, errors="surrogateescape")  # names are bytes
     with atomic_write(folder / "config.json") as part:
         part.write_text(json.dumps(config.to_dict() | place, indent=2) + "\n")
     return folder
@@ -61,9 +61,13 @@ def run_job(folder: str | os.PathLike, device: str = "auto", say: Callable[[str]
     settings = json.loads((folder / "config.json").read_text())
     waveforms_dir = settings.pop("waveforms_dir", None)
     config = TrainingConfig.from_dict(settings)
-    text = dict.fromkeys(TEXT_COLUMNS, str)
-    train, dev = (pd.read_csv(folder / f"{name}.csv", dtype=text, keep_default_na=False) for name in PROTOCOLS)
+    train, dev = map(_read_protocol, (folder / f"{name}.csv" for name in PROTOCOLS))
     return fit(train, dev, folder, config, device=device, waveforms_dir=waveforms_dir, say=say)
+
+
+def _read_protocol(path: Path) -> pd.DataFrame:
+    text = dict.fromkeys(TEXT_COLUMNS, str)
+    return pd.read_csv(path, dtype=text, keep_default_na=False, encoding_errors="surrogateescape")
 
 
 def fit_seeds(

@@ -149,7 +149,7 @@ def det_curves(systems: Mapping[str, tuple[np.ndarray, np.ndarray]], *, title: s
     Source: Martin et al., "The DET curve in assessment of detection task performance", Eurospeech 1997.
     """
     figure, axis = new_figure(size=(5.4, 5.2))
-    for (name, (scores, labels)), colour in zip(systems.items(), PALETTE[:2] + PALETTE[2:], strict=False):
+    for (name, (scores, labels)), colour in zip(systems.items(), PALETTE, strict=False):
         points, eer = det_points(scores, labels), compute_eer(scores, labels).eer
         low_fa, low_miss = 0.5 / points.n_spoof, 0.5 / points.n_bonafide  # half a trial: zero has no place on the axis
         p_fa, p_miss = np.clip(points.p_fa, low_fa, 1 - low_fa), np.clip(points.p_miss, low_miss, 1 - low_miss)
