@@ -1,0 +1,205 @@
+"""The two decoders behind `decode`, libsndfile by soundfile and FFmpeg by PyAV, and which of them reads what.
+
+soundfile decodes what is stored sample by sample, and FLAC, because it is the fastest. PyAV takes MP3 and Ogg, whose
+length libsndfile estimates and then believes, and all that libsndfile cannot read: m4a, videos, a good part of
+ASVspoof 2021's FLAC ("flac decoder lost sync"). Both read blocks to the end of the stream.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+
+from deepfake_utils.conventions import AudioError
+from deepfake_utils.waveforms.damage import FlacChecksum, Losses, is_empty, refuse_cut, say_what_follows
+from deepfake_utils.waveforms.recording import Recording
+
+BLOCK_S = 10.0  # decoded at a time by libsndfile ...
+BLOCK_SAMPLES = 2**22  # ... and no more than this many, all channels counted
+
+_SOUNDFILE_ERRORS = (RuntimeError, TypeError, ValueError, OSError)  # what soundfile raises on damaged files
+
+
+class _NoPyAV(AudioError):
+    """PyAV is not installed: Kaggle's image is without it."""
+
+
+def decode(recording: Recording) -> Iterator[tuple[np.ndarray, int]]:
+    """Yield all samples of a recording, in blocks (n, channels) of float32 in [-1, 1], each with its sampling rate.
+
+    Where libsndfile gives up, FFmpeg goes on from the same sample. Rate and channels may change on the way.
+
+    Raises:
+        AudioError: no decoder reads it, or its header or its checksum says that something is missing; the latter
+            after the last block.
+    """
+    refuse_cut(recording)
+    if is_empty(recording):
+        return
+    n_done, reason = 0, None
+    try:
+        with _soundfile(recording) as sound:
+            if not _is_stream(sound):
+                for block in _soundfile_blocks(sound):
+                    n_done += len(block)
+                    yield block, sound.samplerate
+                if n_done == sound.frames > 0:
+                    say_what_follows(recording)
+                    return
+                reason = f"{n_done} of {sound.frames} samples decoded"
+    except _SOUNDFILE_ERRORS as error:
+        reason = str(error) or type(error).__name__
+    try:
+        yield from _without_first(n_done, _pyav_blocks(recording))
+    except _NoPyAV as error:
+        if reason is not None:
+            raise AudioError(f"{error} [libsndfile: {reason}]") from None
+        recording.say("without PyAV (pip install av) MP3 and Ogg are read only to the length that a header estimates")
+        with _soundfile(recording) as sound:
+            yield from ((block, sound.samplerate) for block in _soundfile_blocks(sound))
+    except AudioError as error:
+        raise AudioError(f"{error} [libsndfile: {reason}]" if reason else str(error)) from None
+
+
+def read_header(recording: Recording) -> tuple[int, int, bool]:
+    """Samples at the recording's own rate, that rate, and whether the number is binding; 0 samples if not stated.
+
+    Raises:
+        AudioError: no decoder recognises it.
+    """
+    try:
+        with _soundfile(recording) as sound:
+            return sound.frames, sound.samplerate, not _is_stream(sound)
+    except _SOUNDFILE_ERRORS:
+        pass
+    with _pyav_container(recording) as container:
+        stream = container.streams.audio[0]
+        seconds = stream.duration * stream.time_base if stream.duration else (container.duration or 0) / 1_000_000
+        return int(seconds * stream.rate), stream.rate, False
+
+
+def _without_first(n_samples: int, blocks: Iterator[tuple[np.ndarray, int]]) -> Iterator[tuple[np.ndarray, int]]:
+    for block, rate_hz in blocks:
+        if len(block) > n_samples:
+            yield block[n_samples:], rate_hz
+        n_samples = max(0, n_samples - len(block))
+
+
+def _soundfile(recording: Recording):
+    import soundfile
+
+    file = recording.file
+    file.seek(0)
+    # C reads faster than Python, and has no opinion about the bytes of a name. Windows' libraries share no numbers.
+    target = file.fileno() if isinstance(file, io.FileIO) and os.name == "posix" else file
+    return soundfile.SoundFile(target, closefd=False)
+
+
+def _is_stream(sound) -> bool:
+    """MP3 and Ogg: libsndfile reads no further than the length it has estimated."""
+    return sound.format in ("OGG", "MP3") or sound.subtype.startswith("MPEG")
+
+
+def _soundfile_blocks(sound) -> Iterator[np.ndarray]:
+    n_frames = min(int(BLOCK_S * sound.samplerate), BLOCK_SAMPLES // sound.channels)
+    n_frames = max(1, min(n_frames, sound.frames))  # the header's length saves memory, and decides nothing
+    while len(block := sound.read(n_frames, dtype="float32", always_2d=True)):
+        yield block
+
+
+@contextmanager
+def _pyav_container(recording: Recording):
+    try:
+        import av
+    except ImportError:
+        raise _NoPyAV(
+            f"{recording.name} cannot be decoded by libsndfile, and PyAV, which may be able to, is not installed: "
+            "pip install av"
+        ) from None
+    recording.file.seek(0)
+    # A file object, not a path: a name may look like an address. And a playlist must not open what it lists.
+    options = {"protocol_whitelist": "none"}
+    try:
+        with av.open(recording.file, "r", metadata_errors="replace", options=options) as container:
+            if not container.streams.audio:
+                raise AudioError(f"{recording.name} has no audio stream")
+            yield container
+    except MemoryError:  # of FFmpeg's errors, too: it is not the file's fault
+        raise MemoryError from None
+    except (av.FFmpegError, ValueError, OSError, IndexError) as error:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise AudioError(
+            f"{recording.name} cannot be decoded ({reason}): it is damaged, truncated or not audio; "
+            "copy or download it again"
+        ) from None
+
+
+def _pyav_blocks(recording: Recording) -> Iterator[tuple[np.ndarray, int]]:
+    checksum = FlacChecksum(recording)
+    with _pyav_container(recording) as container:
+        losses = Losses(recording, container)
+        for frames in _alike(_frames(container, losses)):
+            yield _to_float(checksum.seen(_samples_of(frames))), frames[0].sample_rate
+        losses.judge()
+        checksum.judge()
+
+
+def _frames(container, losses: Losses) -> Iterator:
+    """What can be decoded of the first audio stream; `losses` counts the rest."""
+    import av
+
+    packets = container.demux(container.streams.audio[0])
+    while True:
+        try:
+            packet = next(packets)
+        except StopIteration:
+            return
+        except av.FFmpegError as error:
+            if isinstance(error, MemoryError):
+                raise
+            losses.broke_off(error)
+            return
+        try:
+            frames = packet.decode()
+        except av.FFmpegError as error:
+            if isinstance(error, MemoryError):
+                raise
+            losses.failed(packet)
+        else:
+            losses.succeeded(packet, frames)
+            yield from frames
+
+
+def _alike(frames: Iterator) -> Iterator[list]:
+    """Frames in lists of about a second, all of one rate and layout."""
+    waiting, n_waiting, kind = [], 0, None
+    for frame in frames:
+        its_kind = (frame.sample_rate, frame.format.name, frame.layout.nb_channels)
+        if waiting and (its_kind != kind or n_waiting >= frame.sample_rate):
+            yield waiting
+            waiting, n_waiting = [], 0
+        kind = its_kind
+        waiting.append(frame)
+        n_waiting += frame.samples
+    if waiting:
+        yield waiting
+
+
+def _samples_of(frames: list) -> np.ndarray:
+    """(n, channels) of PyAV frames of one kind, in the type they were decoded to."""
+    planar, n_channels = frames[0].format.is_planar, frames[0].layout.nb_channels
+    arrays = [frame.to_ndarray() for frame in frames]
+    return np.concatenate([array.T if planar else array.reshape(-1, n_channels) for array in arrays])
+
+
+def _to_float(samples: np.ndarray) -> np.ndarray:
+    """Float32 in [-1, 1] of samples in any PCM type."""
+    if samples.dtype == np.uint8:
+        return (samples.astype(np.float32) - 128.0) / 128.0
+    if np.issubdtype(samples.dtype, np.integer):
+        return (samples / -float(np.iinfo(samples.dtype).min)).astype(np.float32)
+    return samples.astype(np.float32, copy=False)
