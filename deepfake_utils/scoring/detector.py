@@ -33,7 +33,7 @@ from deepfake_utils.scoring.speech import FALLBACK, is_by_loudness
 from deepfake_utils.scoring.stream import Stream
 from deepfake_utils.scoring.weights import read_companion, weights_file
 from deepfake_utils.scoring.windows import MIN_SPEECH_S, FirstWindow, Window, WindowCutter
-from deepfake_utils.waveforms.blocks import iter_audio
+from deepfake_utils.waveforms.decode import iter_audio
 
 SHIPPED = Path(__file__).parents[1] / "assets" / "open.safetensors"
 LOG_ODDS = "log-odds of real speech (natural logarithm, at even odds), higher is more real"
@@ -263,15 +263,15 @@ class Detector:
 
         def pieces() -> Iterator[tuple[object, np.ndarray | None]]:
             for path in paths:
-                cutter = self.cutter()
+                cutter, notes = self.cutter(), []
                 try:
-                    for block in iter_audio(path):
+                    for block in iter_audio(path, notes=notes):
                         yield from ((window, window.waveform) for window in cutter.push(block))
                     yield from ((window, window.waveform) for window in cutter.finish())
                 except AudioError as error:
                     yield error, None
                 else:
-                    yield (path, cutter), None
+                    yield (path, cutter, notes), None
 
         with closing(score_crops(self.model, pieces(), batch_size=SCORING_BATCH, device=self.device)) as scored:
             for thing, logits in scored:
@@ -282,8 +282,8 @@ class Detector:
                 if isinstance(thing, AudioError):
                     yield thing
                     continue
-                path, cutter = thing
-                yield self.sum_up(windows, cutter, str(path))
+                path, cutter, notes = thing
+                yield self.sum_up(windows, cutter, str(path), notes)
 
     def stream(self, sample_rate_hz: int) -> Stream:
         """Live audio: push chunks of any size, get the windows they complete; see `Stream`.
@@ -304,13 +304,19 @@ class Detector:
         log_odds = scale["slope"] * (bonafide - spoof) + scale["offset"] if scale else None
         return Judged(window.start_s, window.end_s, window.speech_s, spoof, bonafide, log_odds)
 
-    def sum_up(self, windows: list[Judged], cutter: WindowCutter | FirstWindow, path: str | None) -> Verdict:
-        """The verdict on a recording from its judged windows."""
+    def sum_up(
+        self,
+        windows: list[Judged],
+        cutter: WindowCutter | FirstWindow,
+        path: str | None,
+        notes: Iterable[str] = (),
+    ) -> Verdict:
+        """The verdict on a recording from its judged windows; notes are what its decoder had to say."""
         duration_s = cutter.n_samples / SAMPLE_RATE_HZ
         verdict = Verdict(
             path, "no verdict", "", None, self.score_meaning, None, None, self.costs.p_spoof, self.use,
             self.threshold, cutter.speech_s, duration_s, cutter.judged_s / duration_s if duration_s else 0.0,
-            tuple(windows), self.warnings, self.engine,
+            tuple(windows), (*notes, *self.warnings), self.engine,
         )  # fmt: skip
         if not windows:
             return replace(verdict, reason=_no_speech(cutter.speech_s, duration_s))

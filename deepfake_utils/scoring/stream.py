@@ -7,8 +7,8 @@ import torch
 
 from deepfake_utils.conventions import AudioError
 from deepfake_utils.scoring.score import forward
-from deepfake_utils.waveforms.blocks import BlockResampler
 from deepfake_utils.waveforms.decode import MAX_RATE_HZ, MIN_RATE_HZ, from_int16
+from deepfake_utils.waveforms.resample import Resampler
 
 
 class Stream:
@@ -24,7 +24,7 @@ class Stream:
     def __init__(self, detector, sample_rate_hz: int):
         self.windows = []
         self._detector, self._cutter = detector, detector.cutter()
-        self._resampler = BlockResampler(_checked_rate(sample_rate_hz))
+        self._resampler = Resampler(_checked_rate(sample_rate_hz))
 
     def push(self, samples: np.ndarray) -> list:
         """Samples (n,) or (n, channels), float in [-1, 1] or int16 -> the windows they complete, judged."""

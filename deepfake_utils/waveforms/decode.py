@@ -260,6 +260,6 @@ def _at_16_khz(recording: Recording, blocks: Iterator[tuple[np.ndarray, int]]) -
                 yield resampler.finish()
                 recording.say(f"its sampling rate changes from {resampler.rate_hz} to {rate_hz} Hz on the way")
             resampler = Resampler(rate_hz)
-        yield from resampler.feed(mono)
+        yield resampler.push(mono)
     if resampler is not None:
         yield resampler.finish()

@@ -28,7 +28,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from deepfake_utils.conventions import CROP_SAMPLES, SAMPLE_RATE_HZ  # noqa: E402
 from deepfake_utils.waveforms import ClipCache, open_source, train_batches  # noqa: E402
 from deepfake_utils.waveforms.cache import CachedSource  # noqa: E402
-from deepfake_utils.waveforms.decode import random_crop  # noqa: E402
 
 STEP_S = 0.038  # 24 utterances a step make an ASVspoof 2019 LA epoch (25,380) of 40 s
 BATCH_SIZE = 24
@@ -46,7 +45,8 @@ class DecodingDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, row: int):
         waveform, _ = soundfile.read(self.paths[row], dtype="float32")
-        return torch.from_numpy(random_crop(waveform, CROP_SAMPLES, self.rng)), self.labels[row]
+        start = self.rng.integers(max(len(waveform) - CROP_SAMPLES, 0) + 1)
+        return torch.from_numpy(np.resize(waveform[start : start + CROP_SAMPLES], CROP_SAMPLES)), self.labels[row]
 
 
 def write_corpus(folder: Path, n_clips: int) -> pd.DataFrame:
