@@ -1,5 +1,8 @@
 """Scoring: order, lengths, contracts, and recordings that cannot be read."""
 
+import time
+import warnings
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -7,9 +10,10 @@ import soundfile
 import torch
 from torch import nn
 
-from deepfake_utils import score_files, score_protocol
+from deepfake_utils import load_model, score_files, score_protocol
 from deepfake_utils.conventions import AudioError, ScoreError
 from deepfake_utils.models.layers import CMOutput
+from deepfake_utils.scoring.score import made_ahead
 
 
 class MeanLevel(nn.Module):
@@ -68,10 +72,70 @@ def test_missing_paths_and_folders_without_audio_are_errors(tmp_path):
         score_files(tmp_path, MeanLevel())
 
 
+def test_files_and_protocols_hear_the_same_numbers(tmp_path):
+    """A quiet 24-bit recording at 48 kHz: rounding it to 16 bits would move the score."""
+    rng, paths = np.random.default_rng(0), []
+    for n in range(3):
+        paths.append(tmp_path / f"q{n}.wav")
+        soundfile.write(paths[-1], rng.normal(3e-5, 1e-5, 96_000), 48_000, subtype="PCM_24")
+    model = MeanLevel()
+    files = score_files(paths, model, device="cpu", progress=None)["score"]
+    protocol = score_protocol(model, protocol_of(paths), device="cpu", progress=None)["score"]
+    assert files.tolist() == protocol.tolist() and files.between(2.9e-5, 3.1e-5).all()
+
+
+def test_an_unreadable_trial_is_named(recordings, tmp_path):
+    recordings[2].write_bytes(b"not audio")
+    with pytest.raises(AudioError, match="utterance r3: .*r3.flac"):
+        score_protocol(MeanLevel(), protocol_of(recordings), device="cpu", progress=None)
+
+
+def test_weights_that_were_never_trained_are_warned_of(recordings, monkeypatch):
+    model = load_model("lfcc-lcnn")
+    with pytest.warns(UserWarning, match="untrained weights: its scores mean nothing"):
+        score_files(recordings[:1], model, device="cpu", progress=None)
+    with torch.no_grad():
+        next(model.parameters()).add_(1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        score_protocol(model, protocol_of(recordings)[:1], device="cpu", progress=None)
+
+
+def test_scoring_draws_no_random_numbers(recordings):
+    before = torch.get_rng_state()
+    score_files(recordings, MeanLevel(), device="cpu", progress=None)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_items_are_made_ahead_in_order_and_an_error_is_raised_at_its_place():
+    made = []
+
+    def items():
+        for n in range(10):
+            made.append(n)
+            yield n
+        raise AudioError("the eleventh")
+
+    ahead = made_ahead(items(), depth=4)
+    assert next(ahead) == 0
+    time.sleep(0.2)
+    assert made == [0, 1, 2, 3, 4], "the next four are there, and no more"
+    assert [next(ahead) for _ in range(9)] == list(range(1, 10))
+    with pytest.raises(AudioError, match="eleventh"):
+        next(ahead)
+
+
 def protocol_of(recordings):
     names = {"utterance": [p.stem for p in recordings], "path": [str(p) for p in recordings]}
     return pd.DataFrame(
-        names | {"label": [1, 0, 1, 0, 1], "attack": "-", "speaker": "s", "split": "eval", "corpus": "levels"}
+        names
+        | {
+            "label": [n % 2 for n in range(len(recordings))],
+            "attack": "-",
+            "speaker": "s",
+            "split": "eval",
+            "corpus": "levels",
+        }
     )
 
 
@@ -82,6 +146,7 @@ def test_protocol_and_files_give_the_same_scores_and_the_mode_is_restored(record
     assert model.training
     assert scores["utterance"].tolist() == protocol["utterance"].tolist()
     files = score_files(recordings, model, device="cpu", progress=None)
+    assert model.training
     assert scores["score"].to_numpy() == pytest.approx(files["score"].to_numpy(), abs=1e-6)
 
 
