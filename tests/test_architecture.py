@@ -29,13 +29,10 @@ FLOORS = [
 ]
 WITHOUT_TENSORS = {"conventions", "files", "protocols", "corpora", "evaluation", "demo"}  # metrics must not need torch
 TENSOR_LIBRARIES = {"torch", "torchaudio"}
-DISTRIBUTIONS = {
-    "sklearn": "scikit-learn",
-    "PIL": "pillow",
-    "IPython": "ipykernel",
-    "prometheus_client": "prometheus-client",
-}
-DISTRIBUTIONS |= {"pydantic": "fastapi", "starlette": "fastapi"}  # come with it  # where the import name is another
+DISTRIBUTIONS = {  # where the import name is another
+    "sklearn": "scikit-learn", "IPython": "ipykernel", "prometheus_client": "prometheus-client",
+    "pydantic": "fastapi", "starlette": "fastapi",
+}  # fmt: skip
 ROOMS_OF_AN_EXTRA = {"report", "notebook", "serving"}  # plots, notebooks, serve
 OPTIONAL = {"kagglehub"}  # asked for by name, with a message where it is absent
 

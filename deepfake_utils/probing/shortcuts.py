@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from deepfake_utils.conventions import SAMPLE_RATE_HZ
 from deepfake_utils.evaluation import intervals, metrics
 from deepfake_utils.waveforms.decode import from_int16
-from deepfake_utils.waveforms.trimmed import speech_span
+from deepfake_utils.waveforms.trimmed import FRAME_SAMPLES, speech_span
 
 BANDWIDTH_DB = 60.0  # below the strongest frequency: the band ends where nothing is stronger than that
 NUMBER_NAMES = {
@@ -22,7 +22,13 @@ NUMBER_NAMES = {
     "trailing_silence_s": "trailing silence",
     "level_db": "level",
     "bandwidth_hz": "bandwidth",
+    "tilt_db_per_octave": "spectral tilt",
+    "top_band_db": "what is above 7 kHz",
+    "noise_floor_db": "noise floor",
+    "dc_db": "constant offset",
 }
+TILT_HZ = (125.0, 6000.0)  # between these the tilt is fitted
+TOP_BAND_HZ = 7000.0  # a lower sampling rate, once passed through, leaves little above
 _SPECTRUM_SAMPLES = 1024
 _SMALLEST_POWER = 1e-20
 
@@ -31,7 +37,9 @@ def recording_numbers(clip: np.ndarray) -> dict[str, float]:
     """Return what can be said about an int16 clip (n,) without listening to what is spoken.
 
     duration_s, leading_silence_s and trailing_silence_s (see speech_span), level_db (mean power in dB below full
-    scale), bandwidth_hz (the highest frequency within 60 dB of the strongest, in the mean spectrum).
+    scale), bandwidth_hz (the highest frequency within 60 dB of the strongest, in the mean spectrum), tilt_db_per_octave
+    (slope of that spectrum from 125 Hz to 6 kHz), top_band_db (power above 7 kHz, below the whole), noise_floor_db (the
+    quietest tenth of the 10 ms frames, below full scale), dc_db (the mean sample, below full scale).
 
     >>> tone = (8000 * np.sin(2 * np.pi * 1000 * np.arange(16000) / 16000)).astype(np.int16)
     >>> numbers = recording_numbers(np.concatenate([np.zeros(8000, np.int16), tone]))
@@ -40,21 +48,43 @@ def recording_numbers(clip: np.ndarray) -> dict[str, float]:
     """
     waveform = from_int16(clip).astype(np.float64)
     start, stop = speech_span(waveform)
+    frequency_hz, power = _mean_spectrum(waveform)
+    frames = waveform[: len(waveform) // FRAME_SAMPLES * FRAME_SAMPLES].reshape(-1, FRAME_SAMPLES)
+    quiet = np.quantile(np.square(frames).mean(axis=1), 0.1) if len(frames) else np.square(waveform).mean()
     return {
         "duration_s": len(waveform) / SAMPLE_RATE_HZ,
         "leading_silence_s": start / SAMPLE_RATE_HZ,
         "trailing_silence_s": (len(waveform) - stop) / SAMPLE_RATE_HZ,
-        "level_db": float(10 * np.log10(np.square(waveform).mean() + _SMALLEST_POWER)),
-        "bandwidth_hz": _bandwidth_hz(waveform),
+        "level_db": _decibels(np.square(waveform).mean()),
+        "bandwidth_hz": _bandwidth_hz(frequency_hz, power),
+        "tilt_db_per_octave": _tilt(frequency_hz, power),
+        "top_band_db": _decibels(power[frequency_hz > TOP_BAND_HZ].sum()) - _decibels(power.sum()),
+        "noise_floor_db": _decibels(quiet),
+        "dc_db": _decibels(waveform.mean() ** 2),
     }
 
 
-def _bandwidth_hz(waveform: np.ndarray) -> float:
+def _decibels(power: float) -> float:
+    return float(10 * np.log10(power + _SMALLEST_POWER))
+
+
+def _mean_spectrum(waveform: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Frequencies in Hz and the mean power there."""
     padded = np.pad(waveform, (0, max(0, _SPECTRUM_SAMPLES - len(waveform))))
     frames = np.lib.stride_tricks.sliding_window_view(padded, _SPECTRUM_SAMPLES)[:: _SPECTRUM_SAMPLES // 2]
     power = np.square(np.abs(np.fft.rfft(frames * np.hanning(_SPECTRUM_SAMPLES)))).mean(axis=0)
+    return np.fft.rfftfreq(_SPECTRUM_SAMPLES, 1 / SAMPLE_RATE_HZ), power
+
+
+def _bandwidth_hz(frequency_hz: np.ndarray, power: np.ndarray) -> float:
     within = np.flatnonzero(power > power.max() * 10 ** (-BANDWIDTH_DB / 10))
-    return float(within[-1] * SAMPLE_RATE_HZ / _SPECTRUM_SAMPLES) if within.size else 0.0
+    return float(frequency_hz[within[-1]]) if within.size else 0.0
+
+
+def _tilt(frequency_hz: np.ndarray, power: np.ndarray) -> float:
+    between = (frequency_hz >= TILT_HZ[0]) & (frequency_hz <= TILT_HZ[1])
+    decibels = 10 * np.log10(power[between] + _SMALLEST_POWER)
+    return float(np.polyfit(np.log2(frequency_hz[between]), decibels, 1)[0])
 
 
 def measure(source) -> pd.DataFrame:
@@ -96,7 +126,7 @@ def shortcut_errors(
         scores[NUMBER_NAMES[name]] = ("high" if sign > 0 else "low", sign * numbers[name].to_numpy())
     regression = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced", max_iter=1000))
     regression.fit(dev[names].to_numpy(), dev_labels)
-    scores["all five together"] = ("", regression.decision_function(numbers[names].to_numpy()))
+    scores["all together"] = ("", regression.decision_function(numbers[names].to_numpy()))
     rows = []
     for name, (side, values) in scores.items():
         interval = intervals.interval_or_none(intervals.eer_metric, values, labels, clusters, n_bootstrap, seed)
