@@ -101,7 +101,12 @@ def describe_passed_over(counts: Counter[str]) -> str:
     if not counts:
         return ""
     kinds = ", ".join(f"{n:,} {kind}" for kind, n in counts.most_common(5)) + (", ..." if len(counts) > 5 else "")
-    return f"passed over {counts.total():,} files that are no recordings by their names: {kinds}"
+    files = (
+        "1 file that is no recording by its name"
+        if counts.total() == 1
+        else (f"{counts.total():,} files that are no recordings by their names")
+    )
+    return f"passed over {files}: {kinds}"
 
 
 def _parts(name: str) -> list[str]:

@@ -145,6 +145,15 @@ def test_find_looks_in_the_usual_places(corpus, tmp_path):
     assert "2 bonafide" in run("find", cwd=tmp_path, DEEPFAKE_KAGGLE_INPUT=str(corpus.parent)).stdout
 
 
+def test_find_counts_what_it_passes_over_in_one_line(tmp_path, run_here):
+    for name in ("real/a.wav", "fake/b.mp4", "fake/notes.txt", "fake/._b.mp4"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    done = run_here("find", tmp_path)
+    assert "1 bonafide" in done.stdout and "1 spoof" in done.stdout
+    assert done.stderr.startswith("note: ") and "passed over 1 file" in done.stderr and done.stderr.count("\n") == 1
+
+
 def test_find_says_where_it_looked(tmp_path, refused):
     refused("find", tmp_path, said=str(tmp_path))
     refused("find", tmp_path / "absent", said="absent")
