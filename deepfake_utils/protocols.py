@@ -178,12 +178,11 @@ def labels_of(
     Raises:
         rows.error: a word that is no label, or a number of which nothing says what it stands for; the line is named.
     """
-    if one_is is None and attacks is not None and (named := [a not in UNKNOWN_WORDS[:2] for a in attacks]).count(False):
+    named = [attack not in UNKNOWN_WORDS[:2] for attack in attacks or ()]
+    if one_is is None and len(set(named)) == 2:
         ones = [word == "1" for word in words]
-        one_is = "spoof" if ones == named else "bonafide" if ones == [not n for n in named] else None
-    numbers = (
-        {} if one_is is None else {"1": BONAFIDE, "0": SPOOF} if one_is == "bonafide" else {"1": SPOOF, "0": BONAFIDE}
-    )
+        one_is = "spoof" if ones == named else "bonafide" if ones == [not one for one in named] else None
+    numbers = {"bonafide": {"1": BONAFIDE, "0": SPOOF}, "spoof": {"1": SPOOF, "0": BONAFIDE}}.get(one_is, {})
     known = {word: numbers.get(word, label_of(word)) for word in set(words)}
     labels = [known[word] for word in words]
     if None in labels:

@@ -470,6 +470,13 @@ def test_a_manifest_that_names_some_splits_must_name_all(tmp_path):
         find_corpora(tmp_path)[0].protocol()
 
 
+def test_a_manifest_may_name_recordings_of_any_suffix(tmp_path):
+    for name in ("a.ts", "b"):
+        (tmp_path / name).touch()
+    (tmp_path / "manifest.csv").write_text("path,label\na.ts,real\nb,fake\n")
+    assert len(find_corpora(tmp_path)[0].protocol()) == 2
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 @pytest.mark.parametrize("sign", [",", ";", "\t"])
 def test_tables_as_spreadsheets_write_them(tmp_path, sign, encoding):
@@ -527,7 +534,9 @@ def test_splits_are_looked_up_once(tmp_path, monkeypatch):
     assert corpus.splits == ("eval",)
 
 
-@pytest.mark.parametrize(("attacks", "labels"), [(("", "vits"), [1, 0]), (("vits", "-"), [0, 1]), (("x", "y"), None)])
+@pytest.mark.parametrize(
+    ("attacks", "labels"), [(("", "vits"), [1, 0]), (("vits", "-"), [0, 1]), (("x", "y"), None), (("", "-"), None)]
+)
 def test_numbers_as_labels_are_read_only_where_the_attacks_tell(tmp_path, attacks, labels):
     for name in "ab":
         (tmp_path / f"{name}.wav").touch()

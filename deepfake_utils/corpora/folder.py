@@ -16,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 
 from deepfake_utils.conventions import UNKNOWN_SPEAKER, CorpusError, label_of
-from deepfake_utils.corpora.trials import audio_names
+from deepfake_utils.corpora.trials import names_in
 from deepfake_utils.files import describe_passed_over, is_hidden, list_audio, split_audio_name
 from deepfake_utils.protocols import attack_or_none, make_table, read_list, split_of
 
@@ -65,7 +65,7 @@ def _present(start: Path, name: str, listings: dict[Path, set[str]]) -> str:
     for written in dict.fromkeys((name, name.replace("\\", "/"))) if name else ():
         path = (start / written).absolute()
         if path.parent not in listings:
-            listings[path.parent] = set(audio_names(path.parent))
+            listings[path.parent] = set(names_in(path.parent))
         if path.name in listings[path.parent]:
             return os.fspath(path)
     return ""

@@ -25,18 +25,21 @@ class Utterances(tuple):
         return self
 
 
-def audio_names(folder: Path) -> Iterator[str]:
-    """Names of the audio files directly inside a folder, from one listing; broken links are left out.
+def names_in(folder: Path) -> Iterator[str]:
+    """Names of what lies directly inside a folder, from one listing; broken links are left out.
 
     A folder that cannot be listed counts as empty.
     """
     try:
         with os.scandir(folder) as entries:
-            for entry in entries:
-                if split_audio_name(entry.name)[1] and (not entry.is_symlink() or os.path.exists(entry.path)):
-                    yield entry.name
+            yield from (e.name for e in entries if not e.is_symlink() or os.path.exists(e.path))
     except OSError:
         return
+
+
+def audio_names(folder: Path) -> Iterator[str]:
+    """Names of the audio files directly inside a folder; see `names_in`."""
+    return (name for name in names_in(folder) if split_audio_name(name)[1])
 
 
 def locate(wanted: Collection[str], folders: Iterable[Path]) -> dict[str, str]:
@@ -115,7 +118,7 @@ def drop_missing(
     first = table.loc[absent].iloc[0]
     where = f"{lists[first['split']]} line {first['line']}"
     if kept.empty or not allow_missing:
-        advice = "attach the audio" if kept.empty else "attach the rest, or pass allow_missing=True to go on without"
+        advice = "attach the audio" if kept.empty else "attach the rest (in Python, allow_missing=True goes on without)"
         places = folders.get(first["split"], ())
         near = next(filter(None, (near_miss(first["utterance"], Path(folder)) for folder in places)), "")
         but = f", but {near} is there: the names must be alike" if near else ""
