@@ -261,7 +261,7 @@ def test_threads_change_nothing(small_tiles):
 
 
 def kernels_used(block, x):
-    """Whether the block ran by kernels, from whether conv2 was called as a module."""
+    """Whether a call of the block is one of its kernels."""
     with mock.patch.object(type(block), "plain", side_effect=RuntimeError("plain")):
         try:
             block(x)

@@ -28,28 +28,21 @@ Differences from the paper, all kept because the published weights were trained 
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deepfake_utils.conventions import CheckpointError, ConfigError
-from deepfake_utils.models.encoder import Encoder
-from deepfake_utils.models.layers import CMOutput, check_waveform
-from deepfake_utils.models.sinc import SincFilters
+from deepfake_utils.conventions import ConfigError
+from deepfake_utils.models.encoder import Encoder, EncoderConfig
+from deepfake_utils.models.layers import CMOutput, check_waveform, renaming
 
 
 @dataclass(frozen=True)
-class AASISTConfig:
+class AASISTConfig(EncoderConfig):
     """Everything that shapes an AASIST; the defaults are the published AASIST."""
 
-    sinc_filters: int = 70
-    sinc_taps: int = 129
-    sinc_spacing: str = "mel"
-    sinc_learnable: bool = False
-    channels: tuple[int, ...] = (32, 32, 64, 64, 64, 64)  # of each encoder block
     graph_dim: int = 64  # of a node in the spectral and temporal graphs
     branch_dim: int = 32  # of a node in the heterogeneous graphs
     spectral_keep: float = 0.5  # share of nodes that pooling keeps
@@ -57,14 +50,9 @@ class AASISTConfig:
     branch_keep: float = 0.5
     graph_temperature: float = 2.0
     branch_temperature: float = 100.0
-    recompute: bool = False  # train in less memory, more time; see `Encoder`
 
     def __post_init__(self):
-        if self.sinc_filters < 3 or not self.channels or min(self.channels) < 2:
-            raise ConfigError(
-                f"encoder of {self.sinc_filters} filters, channels {self.channels}: expected 3 filters or more "
-                "(they are pooled by threes) and one block or more, each of 2 channels or more"
-            )
+        super().__post_init__()
         for share in (self.spectral_keep, self.temporal_keep, self.branch_keep):
             if not 0 < share <= 1:
                 raise ConfigError(f"graph pooling keeps {share} of the nodes: expected a share above 0, up to 1")
@@ -202,8 +190,7 @@ class AASIST(nn.Module):
     def __init__(self, config: AASISTConfig):
         super().__init__()
         self.config = config
-        sinc = SincFilters(config.sinc_filters, config.sinc_taps, config.sinc_spacing, config.sinc_learnable)
-        self.encoder = Encoder(sinc, config.channels, config.recompute)
+        self.encoder = Encoder(config)
         channels, dim = config.channels[-1], config.graph_dim
         self.spectral_position = nn.Parameter(torch.randn(1, self.encoder.n_bands, channels))
         self.spectral_attention = PairAttention(channels, dim, config.graph_temperature)
@@ -297,36 +284,4 @@ PUBLISHED_NAMES = (
     (r"\.proj_without_att\.", ".own."),
 )
 
-
-def published_name(name: str) -> str:
-    """The name used here for a tensor of the published checkpoints.
-
-    >>> published_name("HtrgGAT_layer_ST21.proj_with_att.weight")
-    'branch2.first.attended.weight'
-    """
-    for pattern, replacement in PUBLISHED_NAMES:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
-def published_state_dict(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Turn the state of a published checkpoint (AASIST.pth, AASIST-L.pth) into one of this module.
-
-    Weight decay has shrunk many published weights to around 1e-41. Processors are a hundred times slower on such
-    subnormal numbers than on zero, and no output can tell them apart, so zero is what is returned.
-
-    Raises:
-        CheckpointError: the names are not those of a published AASIST checkpoint.
-    """
-    if "pos_S" not in state or "out_layer.weight" not in state:
-        raise CheckpointError(
-            f"not a published AASIST checkpoint: it holds {', '.join(list(state)[:5])}..., "
-            "where pos_S and out_layer.weight were expected"
-        )
-
-    def without_subnormal(value: Tensor) -> Tensor:
-        if not value.is_floating_point():
-            return value
-        return value.masked_fill(value.abs() < torch.finfo(value.dtype).tiny, 0)
-
-    return {published_name(name): without_subnormal(value) for name, value in state.items()}
+published_state_dict = renaming("AASIST", PUBLISHED_NAMES, ("pos_S", "out_layer.weight"))

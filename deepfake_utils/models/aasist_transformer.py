@@ -26,28 +26,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepfake_utils.conventions import ConfigError
-from deepfake_utils.models.encoder import Encoder
+from deepfake_utils.models.encoder import Encoder, EncoderConfig
 from deepfake_utils.models.layers import CMOutput, check_waveform
-from deepfake_utils.models.sinc import SincFilters
 
 
 @dataclass(frozen=True)
-class AASISTTransformerConfig:
+class AASISTTransformerConfig(EncoderConfig):
     """Everything that shapes an AASISTTransformer."""
 
-    sinc_filters: int = 70
-    sinc_taps: int = 129
-    sinc_spacing: str = "mel"
-    sinc_learnable: bool = False
-    channels: tuple[int, ...] = (32, 32, 64, 64, 64, 64)  # of each encoder block
     dim: int = 128  # of a token
     heads: int = 4
     layers: int = 2
     feedforward: int = 256
     dropout: float = 0.1
-    recompute: bool = False  # train in less memory, more time; see `Encoder`
 
     def __post_init__(self):
+        super().__post_init__()
         if self.dim % (2 * self.heads):
             raise ConfigError(f"tokens of {self.dim} for {self.heads} heads: expected a multiple of twice the heads")
 
@@ -88,8 +82,7 @@ class AASISTTransformer(nn.Module):
     def __init__(self, config: AASISTTransformerConfig):
         super().__init__()
         self.config = config
-        sinc = SincFilters(config.sinc_filters, config.sinc_taps, config.sinc_spacing, config.sinc_learnable)
-        self.encoder = Encoder(sinc, config.channels, config.recompute)
+        self.encoder = Encoder(config)
         self.token = nn.Linear(config.channels[-1] * self.encoder.n_bands, config.dim)
         self.summary = nn.Parameter(torch.randn(1, 1, config.dim))
         self.layers = nn.Sequential(

@@ -9,15 +9,36 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from deepfake_utils.conventions import ConfigError
 from deepfake_utils.models import fast
 from deepfake_utils.models.fast.blocks import run_block
 from deepfake_utils.models.sinc import SincFilters
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """Everything that shapes the encoder; the defaults are the published AASIST's."""
+
+    sinc_filters: int = 70
+    sinc_taps: int = 129
+    sinc_spacing: str = "mel"
+    sinc_learnable: bool = False
+    channels: tuple[int, ...] = (32, 32, 64, 64, 64, 64)  # of each block
+    recompute: bool = False  # train in less memory, more time; see `Encoder`
+
+    def __post_init__(self):
+        if self.sinc_filters < 3 or not self.channels or min(self.channels) < 2:
+            raise ConfigError(
+                f"encoder of {self.sinc_filters} filters, channels {self.channels}: expected 3 filters or more "
+                "(they are pooled by threes) and one block or more, each of 2 channels or more"
+            )
 
 
 class ResidualBlock(nn.Module):
@@ -58,21 +79,20 @@ def _statistics_kept(norm: nn.BatchNorm2d) -> Iterator[None]:
 class Encoder(nn.Module):
     """The sinc bank and the residual blocks: (B, T) waveforms -> (B, channels, bands, frames).
 
-    Args:
-        sinc: the filter bank; every three of its bands become one.
-        channels: output channels of each block.
-        recompute: in training, keep only the input of each block and compute the rest again for the gradient:
-            about a quarter more time for a fraction of the memory.
+    The largest of every three bands of the bank is one band of the maps. With `config.recompute`, training keeps only
+    the input of each block and computes the rest again for the gradient: about a quarter more time for a fraction of
+    the memory.
     """
 
-    def __init__(self, sinc: SincFilters, channels: tuple[int, ...], recompute: bool = False):
+    def __init__(self, config: EncoderConfig):
         super().__init__()
-        self.sinc = sinc
+        self.sinc = SincFilters(config.sinc_filters, config.sinc_taps, config.sinc_spacing, config.sinc_learnable)
         self.norm = nn.BatchNorm2d(1)
+        channels = config.channels
         self.blocks = nn.ModuleList(ResidualBlock(*pair) for pair in zip((1, *channels[:-1]), channels, strict=True))
-        self.recompute = recompute
-        self.n_bands = sinc.n_filters // 3
-        self.min_samples = 2 * 3 ** (len(channels) + 1) + sinc.kernel_size - 1  # two frames come out
+        self.recompute = config.recompute
+        self.n_bands = self.sinc.n_filters // 3
+        self.min_samples = 2 * 3 ** (len(channels) + 1) + self.sinc.kernel_size - 1  # two frames come out
 
     def forward(self, waveform: Tensor, band_mask: Tensor | None = None) -> Tensor:
         """Encode (B, T) waveforms; `band_mask` as in `SincFilters`."""

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepfake_utils.conventions import SAMPLE_RATE_HZ, AudioError, ConfigError
+from deepfake_utils.models.layers import at_least_single
 
 LOG_FLOOR = torch.finfo(torch.float32).eps
 
@@ -90,7 +91,7 @@ class PowerSpectrum(nn.Module):
                 f"a waveform of {waveform.shape[-1]} samples is shorter than one analysis window of "
                 f"{self.window_samples}: repeat or pad it first"
             )
-        waveform = waveform.float()
+        waveform = at_least_single(waveform)
         if self.pre_emphasis:
             waveform = waveform - self.pre_emphasis * F.pad(waveform[:, :-1], (1, 0))
         return self.powers(waveform)

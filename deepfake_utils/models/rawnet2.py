@@ -27,17 +27,15 @@ Differences from the paper, all kept because published weights were trained with
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deepfake_utils.conventions import CheckpointError
 from deepfake_utils.models import fast
 from deepfake_utils.models.fast.gru import run_gru
-from deepfake_utils.models.layers import CMOutput, check_waveform
+from deepfake_utils.models.layers import CMOutput, check_waveform, renaming
 from deepfake_utils.models.sinc import SincFilters
 
 
@@ -147,21 +145,4 @@ PUBLISHED_NAMES = (
     (r"\.conv_downsample\.", ".shortcut."),
 )
 
-
-def published_state_dict(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the parameters of a published RawNet2 checkpoint to this module's names.
-
-    Raises:
-        CheckpointError: the names are not those of a published RawNet2 checkpoint.
-    """
-    if "fc1_gru.weight" not in state or "first_bn.weight" not in state:
-        raise CheckpointError(
-            f"not a published RawNet2 checkpoint: it holds {', '.join(list(state)[:5])}..., "
-            "where first_bn.weight and fc1_gru.weight were expected"
-        )
-    renamed = {}
-    for name, value in state.items():
-        for pattern, replacement in PUBLISHED_NAMES:
-            name = re.sub(pattern, replacement, name)
-        renamed[name] = value
-    return renamed
+published_state_dict = renaming("RawNet2", PUBLISHED_NAMES, ("first_bn.weight", "fc1_gru.weight"))

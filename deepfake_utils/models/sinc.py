@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from deepfake_utils.conventions import SAMPLE_RATE_HZ, ConfigError
 from deepfake_utils.models import fast
+from deepfake_utils.models.layers import at_least_single
 
 HOP = 12  # samples between the windows of `SincFilters.pooled`: 6 to 48 are alike in speed
 WINDOWS_AT_ONCE = 512  # keeps its intermediate results in the processor's cache
@@ -137,7 +138,8 @@ class SincFilters(nn.Module):
         `band_mask` multiplies the bands: (n_filters,) for the whole batch, or (B, n_filters).
         """
         with torch.autocast(waveform.device.type, enabled=False):  # the bands of quiet speech are small
-            bands = F.conv1d(waveform.float()[:, None], self.filters()[:, None])
+            waveform = at_least_single(waveform)
+            bands = F.conv1d(waveform[:, None], self.filters().to(waveform)[:, None])
         return bands if band_mask is None else bands * band_mask.to(bands)[..., None]
 
     def pooled(self, waveform: Tensor, band_mask: Tensor | None = None, *, bands: int = 1) -> Tensor:
@@ -147,13 +149,14 @@ class SincFilters(nn.Module):
         long filters in the frequency domain, in an eighth.
 
         Returns:
-            (B, n_filters // bands, (T - kernel_size + 1) // 3) float32.
+            (B, n_filters // bands, (T - kernel_size + 1) // 3), float32 or, of a double waveform, double.
         """
         if not fast.enabled():
             return F.max_pool2d(self(waveform, band_mask).abs()[:, None], (bands, 3))[:, 0]
+        waveform = at_least_single(waveform)
         with torch.autocast(waveform.device.type, enabled=False):
             if LONG_TAPS <= self.kernel_size <= FFT_POINTS // 2:
-                pooled = pooled_by_fft(waveform, self.filters())
+                pooled = pooled_by_fft(waveform, self.filters().to(waveform))
                 pooled = pooled if band_mask is None else pooled * band_mask.to(pooled)[..., None]
                 return pooled if bands == 1 else F.max_pool2d(pooled[:, None], (bands, 1))[:, 0]
             return self._pooled_by_windows(waveform, band_mask, bands)
@@ -161,7 +164,7 @@ class SincFilters(nn.Module):
     def _pooled_by_windows(self, waveform: Tensor, band_mask: Tensor | None, bands: int) -> Tensor:
         """In matrix products of windows of the waveform and the filters at every shift of HOP samples."""
         n_groups, n_frames = self.n_filters // bands, (waveform.shape[1] - self.kernel_size + 1) // 3
-        filters = self.filters()[: n_groups * bands]
+        filters = self.filters().to(waveform)[: n_groups * bands]
         window = self.kernel_size + HOP - 1
         # Row p is every filter shifted by p samples: repeating rows of window + 1 and cutting at window does it.
         shifted = F.pad(filters, (0, HOP)).repeat(1, HOP)[:, : HOP * window]
@@ -169,7 +172,7 @@ class SincFilters(nn.Module):
         shifted = shifted.permute(4, 3, 1, 2, 0).reshape(window, -1)  # columns: sample, band | frame, group
         n_windows = -(-3 * n_frames // HOP)
         padding = (n_windows - 1) * HOP + window - waveform.shape[1]
-        windows = F.pad(waveform.float(), (0, max(padding, 0))).unfold(1, window, HOP)[:, :n_windows]
+        windows = F.pad(waveform, (0, max(padding, 0))).unfold(1, window, HOP)[:, :n_windows]
         mask = None
         if band_mask is not None:
             mask = band_mask.to(filters)[..., : n_groups * bands].unflatten(-1, (n_groups, bands)).mT
@@ -197,18 +200,18 @@ def pooled_by_fft(waveform: Tensor, filters: Tensor) -> Tensor:
     with 1,025 taps is half of RawNet2's time on a CPU; and float32 also on GPUs whose convolutions are not.
 
     Args:
-        waveform: (B, T).
-        filters: (C, K) with K at most half of `FFT_POINTS` and at most T.
+        waveform: (B, T), in single or double precision.
+        filters: of that precision, (C, K) with K at most half of `FFT_POINTS` and at most T.
 
     Returns:
-        (B, C, (T - K + 1) // 3) in float32.
+        (B, C, (T - K + 1) // 3).
     """
     n_taps = filters.shape[1]
     n_frames = (waveform.shape[1] - n_taps + 1) // 3
     n_kept = (FFT_POINTS - n_taps + 1) // 3 * 3  # samples of a block that its circular edge leaves untouched
     n_blocks = -(-3 * n_frames // n_kept)
     n_missing = (n_blocks - 1) * n_kept + FFT_POINTS - waveform.shape[1]
-    blocks = F.pad(waveform.float(), (0, max(n_missing, 0))).unfold(1, FFT_POINTS, n_kept)[:, :n_blocks]
+    blocks = F.pad(waveform, (0, max(n_missing, 0))).unfold(1, FFT_POINTS, n_kept)[:, :n_blocks]
     spectra = torch.fft.rfft(blocks).flatten(0, 1)[:, None]  # (B * blocks, 1, bins)
     response = torch.fft.rfft(filters, n=FFT_POINTS).conj()
     parts = [
