@@ -10,7 +10,7 @@ import torch
 
 from deepfake_utils.conventions import AudioError, CheckpointError
 from deepfake_utils.models import MODELS, build_model
-from deepfake_utils.scoring.onnx import OPSET, OnnxScorer, export_onnx, parity_report
+from deepfake_utils.scoring.onnx import OPSET, OnnxScorer, cached_scorer, check_parity, export_onnx, parity_report
 
 # Fewer and narrower blocks where only size would make a model slow.
 NARROW = {
@@ -111,10 +111,46 @@ def test_a_file_that_computes_nan_is_refused(exported):
         parity_report(path, broken)
 
 
-def test_subnormal_numbers_survive_a_session(exported):
+def test_a_session_leaves_subnormal_numbers_of_this_thread_as_they_were(exported):
     model, path = exported
-    OnnxScorer(path)(torch.zeros(1, model.min_samples))
-    assert np.finfo(np.float64).tiny / 2 > 0
+    for flushed in (False, True):
+        try:
+            torch.set_flush_denormal(flushed)
+            OnnxScorer(path)(torch.zeros(1, model.min_samples))
+            assert (torch.tensor([1e-310], dtype=torch.float64) * 0.5 == 0).item() == flushed
+        finally:
+            torch.set_flush_denormal(False)
+
+
+def test_subnormal_weights_are_written_as_zero(tmp_path):
+    model = build("lfcc-lcnn")
+    with torch.no_grad():
+        model.embed.weight.fill_(1e-41)
+    graph = onnx.load(export_onnx(model, tmp_path / "model.onnx")).graph
+    for tensor in graph.initializer:
+        values = onnx.numpy_helper.to_array(tensor)
+        assert values.dtype != np.float32 or not ((values != 0) & (np.abs(values) < 1e-38)).any()
+    assert model.embed.weight.max() > 0
+
+
+def test_a_model_is_exported_once_for_its_weights(tmp_path, monkeypatch):
+    from deepfake_utils.scoring import onnx as room
+
+    written = []
+    monkeypatch.setattr(room, "export_onnx", lambda model, path: written.append(path) or export_onnx(model, path))
+    model = build("lfcc-lcnn")
+    waveform = 0.1 * torch.randn(3, 9000, generator=torch.Generator().manual_seed(0))
+    first, again = cached_scorer(model, tmp_path), cached_scorer(copy.deepcopy(model), tmp_path)
+    assert len(written) == 1 and check_parity(again, model, waveform) < 1e-4
+    with torch.no_grad():
+        model.output.bias[1] += 0.01
+    with pytest.raises(CheckpointError, match="differs by 0.01"):
+        check_parity(first, model, waveform)
+    check_parity(cached_scorer(model, tmp_path), model, waveform)
+    assert len(written) == 2
+    written[1].write_bytes(b"damaged")
+    check_parity(cached_scorer(model, tmp_path), model, waveform)
+    assert len(written) == 3 and written[2] == written[1]
 
 
 def test_a_short_waveform_is_refused(exported):

@@ -264,7 +264,12 @@ def cached_scorer(model: nn.Module, folder: str | os.PathLike, *, n_threads: int
 
 def _fingerprint(model: nn.Module) -> str:
     """Of all that decides what a model computes, and how it is written."""
-    facts = {"version": deepfake_utils.__version__, "opset": OPSET, "class": type(model).__name__}
+    facts = {
+        "version": deepfake_utils.__version__,
+        "torch": torch.__version__,
+        "opset": OPSET,
+        "class": str(type(model)),
+    }
     digest = hashlib.sha256(json.dumps(facts | {"config": dataclasses.asdict(model.config)}, sort_keys=True).encode())
     for name, value in model.state_dict().items():
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
@@ -279,7 +284,7 @@ def check_parity(
     """Compare an exported model with the one it was made from, on the first clip of a batch.
 
     Args:
-        model: the model in evaluation mode.
+        model: the model in evaluation mode, on the CPU.
         waveform: (B, T) at 16 kHz.
         tolerance: of a logit, absolute.
 
@@ -290,7 +295,7 @@ def check_parity(
         CheckpointError: it exceeds the tolerance, or is no number.
     """
     one = waveform[:1].detach().cpu().float()
-    expected = model(one.to(next(model.parameters()))).logits.float().cpu()
+    expected = model(one).logits
     difference = (scorer(one).logits - expected).abs().max().item()
     if not difference <= tolerance:
         raise CheckpointError(

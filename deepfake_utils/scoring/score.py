@@ -32,7 +32,7 @@ from deepfake_utils.conventions import (
     ScoreError,
 )
 from deepfake_utils.files import describe_passed_over, list_audio
-from deepfake_utils.machine import pick_device
+from deepfake_utils.machine import keep_freed_memory, pick_device
 from deepfake_utils.models.layers import CMOutput
 from deepfake_utils.models.losses import WeightedCrossEntropy
 from deepfake_utils.scoring.weights import is_untrained
@@ -118,6 +118,7 @@ def evaluating(model: Callable, device: str = "auto") -> Iterator[torch.device]:
             stacklevel=4,
         )
     torch_device = pick_device(device).device
+    keep_freed_memory()
     was_training = model.training
     model.to(torch_device).eval()
     try:

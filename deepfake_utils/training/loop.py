@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from deepfake_utils.augment import draw_band_mask
 from deepfake_utils.conventions import TrainingError
-from deepfake_utils.machine import in_words
+from deepfake_utils.machine import in_words, keep_freed_memory
 from deepfake_utils.scoring.weights import load_model
 from deepfake_utils.training import resume as going_on
 from deepfake_utils.training.config import TrainingConfig
@@ -131,6 +131,7 @@ def fit(
 def _train(run: Run, interrupts: Interrupts, on_epoch) -> str:
     """Epoch after epoch: take its steps, score dev, keep the best, write everything down. Returns why it ended."""
     config, state, pace = run.config, run.state, run.pace
+    keep_freed_memory()
     tensorboard = open_tensorboard(run.folder, run.say) if run.world.is_main else None
     out_of_time = False
     while not (reason := going_on.end_reason(config, state)) and not out_of_time:
