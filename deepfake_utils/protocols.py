@@ -241,11 +241,13 @@ def _read_table(rows: Rows, one_is: str | None, advice: str) -> pd.DataFrame:
 
 
 def numbers_if_all_are(texts: Sequence[str]) -> Sequence[str] | list[int] | list[float]:
-    """Texts as numbers, to the last digit, where every one is a number or empty; else unchanged.
+    """Texts as numbers, to the last digit, where every one is a number or empty; else unchanged, as are 007 and 1_2.
 
-    >>> numbers_if_all_are(["3", "4"]), numbers_if_all_are(["2.5", ""]), numbers_if_all_are(["x", "7"])
-    ([3, 4], [2.5, nan], ['x', '7'])
+    >>> numbers_if_all_are(["3", "4"]), numbers_if_all_are(["2.5", ""]), numbers_if_all_are(["07", "7"])
+    ([3, 4], [2.5, nan], ['07', '7'])
     """
+    if any("_" in text or (text[:1] == "0" and text[1:2].isdigit()) for text in texts):
+        return texts
     for convert in (int, lambda text: float(text or "nan")):
         try:
             return [convert(text) for text in texts]
