@@ -14,10 +14,14 @@ from pathlib import Path
 
 import jupytext
 import nbformat
+import numpy as np
+import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 from papermill import inspect_notebook
 
-from deepfake_utils import load_model
+from deepfake_utils import find_corpora, load_model, notebook
+from deepfake_utils.conventions import CheckpointError, CorpusError, ScoreError
 from tests.conftest import DEMO_SCALE
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
@@ -263,6 +267,74 @@ def test_interrupting_ends_the_kernel_too(tmp_path):
         for _ in range(100):
             os.kill(int(written[0].read_text()), 0)
             time.sleep(0.1)
+
+
+# What the notebooks share.
+
+
+@pytest.fixture
+def shown(monkeypatch) -> list:
+    """What is displayed, in order; updates as ("update", object)."""
+    seen = []
+
+    class Handle:
+        def update(self, thing):
+            seen.append(("update", thing))
+
+    monkeypatch.setattr(notebook, "display", lambda *things, **_: seen.extend(things) or Handle())
+    return seen
+
+
+def test_pictures_are_kept_and_shown_as_png_whatever_the_backend(shown, tmp_path):
+    results = notebook.Results(str(tmp_path), "toy")
+    results.show(Figure(), "one")
+    redraw = results.live("two")
+    redraw(Figure())
+    redraw(Figure())
+    one, first, (word, second) = shown
+    assert word == "update" and all(picture.data.startswith(b"\x89PNG") for picture in (one, first, second))
+    assert sorted(path.name for path in (tmp_path / "toy" / "figures").iterdir()) == ["one.png", "two.png"]
+
+
+def test_a_named_folder_without_a_corpus_is_an_error_and_no_demo(tmp_path, shown):
+    with pytest.raises(CorpusError, match=str(tmp_path)):
+        notebook.open_corpus(str(tmp_path), notebook.Results(str(tmp_path / "run"), "toy"))
+    assert shown == [] and not (tmp_path / "demo").exists()
+
+
+def write_scores_of(corpus, path: Path, *splits: str) -> str:
+    trials = pd.concat([corpus.protocol(split) for split in splits])
+    trials[["utterance"]].assign(score=np.random.default_rng(0).normal(trials["label"])).to_csv(path, index=False)
+    return str(path)
+
+
+def test_scores_of_both_splits_are_taken_from_one_file(demo_runs, tmp_path, capsys):
+    (corpus,) = find_corpora(demo_runs / "demo")
+    results = notebook.Results(str(tmp_path), "toy")
+    file = write_scores_of(corpus, tmp_path / "both.csv", "dev", "eval")
+    scored = notebook.scored_splits(corpus, results, scores=file)
+    assert scored.detector is None and scored.scores_from == file
+    assert set(scored.dev["split"]) == {"dev"} and set(scored.evaluation["split"]) == {"eval"}
+    assert len(scored.dev) == len(corpus.protocol("dev")) and scored.seen >= {"-"}
+    said = capsys.readouterr().out
+    assert f"dev: {len(scored.dev)} of {len(scored.dev)} trials" in said
+    half = write_scores_of(corpus, tmp_path / "eval.csv", "eval")
+    with pytest.raises(ScoreError, match="no trial of .* dev: give weights, or a file with dev and eval"):
+        notebook.scored_splits(corpus, results, scores=half)
+
+
+def test_without_scores_the_places_looked_in_are_named(demo_runs, tmp_path):
+    (corpus,) = find_corpora(demo_runs / "demo")
+    with pytest.raises(CheckpointError, match=f"{tmp_path / '02_train'}.*run notebook 02"):
+        notebook.scored_splits(corpus, notebook.Results(str(tmp_path), "toy"))
+
+
+def test_a_phase_or_half_of_eval_stands_in_for_a_missing_dev(capsys):
+    trials = pd.DataFrame({"utterance": [f"u{i}" for i in range(8)], "speaker": [f"s{i % 4}" for i in range(8)]})
+    dev, rest = notebook._stand_in_for_dev(trials, 0)
+    assert not set(dev["speaker"]) & set(rest["speaker"]) and len(dev) + len(rest) == 8
+    dev, rest = notebook._stand_in_for_dev(trials.assign(phase=["progress", "eval", "eval", "hidden"] * 2), 0)
+    assert (len(dev), len(rest)) == (2, 4) and "phase eval, 4 trials" in capsys.readouterr().out
 
 
 # The real notebooks.
