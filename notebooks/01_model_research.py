@@ -53,7 +53,7 @@ run_dir: str = ""  # folder for results; empty: runs/latest here
 demo_scale: float = 1.0  # size of the demo corpus, fraction of the full one
 seed: int = 0  # seed of every random draw
 models: str = "aasist,aasist-l,rawnet2,rawnet2-learnable,lfcc-lcnn,lfcc-lcnn-lstm,lfcc-resnet18"  # to compare
-train_s: float = 3.0  # training time given to each model, seconds; 600 on a GPU begins to mean something
+train_s: float = 2.0  # training time given to each model, seconds; 600 on a GPU begins to mean something
 n_eval: int = 72  # eval trials each model is scored on
 clip_s: float = 1.0  # length of a training and of an evaluated clip in the comparison, seconds
 aasist_weights: str = ""  # weights of an AASIST, such as AASIST.pth, for the picture of its attention
@@ -251,6 +251,7 @@ def train_briefly(name):
 trained, seen = {}, {}
 for name in tqdm(names, desc="training", unit="model", leave=False):
     trained[name], seen[name] = train_briefly(name)
+print(f"{len(names)} models trained for about {train_s:g} s each")
 
 # %%
 import warnings
@@ -261,7 +262,7 @@ for name in tqdm(names, desc="scoring", unit="model", leave=False):
     scores = score_protocol(trained[name].model, trials, n_samples=round(clip_s * SAMPLE_RATE_HZ), progress=None)
     trained[name].model.cpu()  # scored on a GPU if there is one, looked into on the CPU
     with warnings.catch_warnings(action="ignore", category=UserWarning):  # untrained models may exceed 50 %
-        metrics[name] = evaluate(scores, trials, seed=seed)
+        metrics[name] = evaluate(scores, trials, n_bootstrap=300, seed=seed)
 
 # %%
 published = {

@@ -20,7 +20,7 @@ HEADLINES = {  # name in the result -> (title, factor, digits, what it is)
     "cllr": ("Cllr", 1, 4, "bits; scores taken at their word as log-likelihood ratios"),
     "min_cllr": ("min Cllr", 1, 4, "bits; what is left after the best recalibration"),
     "auc": ("AUC", 1, 4, "probability that a bona fide trial outscores a spoof"),
-    "accuracy": ("accuracy", 100, 2, "% at the threshold below; depends on how many spoofs there are"),
+    "accuracy": ("accuracy", 100, 2, "% right at the stated threshold; depends on how many spoofs there are"),
 }
 
 

@@ -71,7 +71,7 @@ def reliability_diagram(before: pd.DataFrame, after: pd.DataFrame) -> Figure:
         axis.set(xlabel="predicted probability of bona fide", title=title, xlim=(-0.04, 1.04), ylim=(-0.04, 1.04))
         axis.set_aspect("equal")
     axes[0].set_ylabel("share of bona fide found")
-    axes[0].legend(frameon=False, fontsize="x-small", loc="upper left", bbox_to_anchor=(0, 0.98))
+    axes[0].legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(0, -0.16), ncols=2)
     return figure
 
 
@@ -200,7 +200,7 @@ def trimming(scores: np.ndarray, trimmed: np.ndarray, labels: np.ndarray, cut_s:
         moved.scatter(cut_s[of], (trimmed - scores)[of], **style)
     axis.set(xlabel="score, whole clip", ylabel="score, silence trimmed")
     axis.locator_params(nbins=5)
-    axis.legend(frameon=False, fontsize="small")
+    axis.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(0, -0.16), ncols=2)
     moved.axhline(0, color="0.6", linestyle=":")
     moved.set(xlabel="silence cut off (s)", ylabel="change of the score")
     return figure

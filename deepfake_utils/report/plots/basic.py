@@ -136,7 +136,7 @@ def score_histogram(
     if threshold is not None:
         axis.axvline(threshold, color=BLACK, linestyle="--", label=f"threshold {threshold:.3g}")
     axis.set(xlabel="score (higher: more bona fide)", ylabel="density", title=title)
-    axis.legend(frameon=False)
+    axis.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(0, -0.18), ncols=3)
     return figure
 
 
