@@ -12,6 +12,7 @@ import os
 import sys
 import warnings
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 
@@ -179,59 +180,37 @@ def evaluate(options: argparse.Namespace) -> int:
     return DONE
 
 
-def table(result: dict) -> str:
+def table(result: Mapping) -> str:
     """The figures of `evaluation.evaluate` for a terminal, rates in percent."""
+    from deepfake_utils.report import tables
+
     speakers = f", {result['n_speakers']:,} speakers" if result["n_speakers"] else ""
     lines = [
-        f"scores  {result['score_dialect']}; higher is more {result['higher_is']} in the file",
-        f"trials  {result['n_bonafide']:,} bona fide, {result['n_spoof']:,} spoof{speakers}",
-        "",
-        f"{'EER':<24}{100 * result['eer']:10.3f} %{interval(result['eer_ci'], 100)}   at {result['eer_threshold']:.4g}",
+        f"scores     {result['score_dialect']}; higher is more {result['higher_is']} in the file",
+        f"trials     {result['n_bonafide']:,} bona fide, {result['n_spoof']:,} spoof{speakers}",
+        f"threshold  {result['threshold']:.4g}, {result['threshold_source']}",
     ]
+    if result["n_bootstrap"] and result["bootstrap_unit"]:
+        unit = f"{result['n_bootstrap']:,} bootstraps by {result['bootstrap_unit']}"
+        lines.append(f"intervals  {100 * result['confidence']:g} %, {unit}")
+    figures = tables.headline_table(result)
     if result["eer"] > 0.5:
-        return "\n".join([*lines, "", "the other figures say nothing until the note above is settled"])
-    if result["tandem_eer"] is not None:
-        lines.append(f"{'t-EER':<24}{100 * result['tandem_eer']:10.3f} %")
-    for title, name in (
-        ("min t-DCF (2019)", "min_tdcf"), ("min t-DCF (2021 form)", "min_tdcf_revised"),
-        ("min DCF", "min_dcf"), ("actual DCF (if LLRs)", "act_dcf"), ("Cllr (if LLRs)", "cllr"),
-        ("min Cllr", "min_cllr"), ("AUC", "auc"),
-    ):  # fmt: skip
-        value = "not without --asv-scores" if result[name] is None else f"{result[name]:10.4f}"
-        lines.append(f"{title:<24}{value}{interval(result.get(f'{name}_ci'), 1)}")
-    lines.append(f"{'accuracy':<24}{100 * result['accuracy']:10.2f} %   at the EER threshold")
-    if result["n_bootstrap"]:
-        unit = result["bootstrap_unit"]
-        lines.append(f"[{100 * result['confidence']:g} % intervals: {result['n_bootstrap']:,} bootstraps by {unit}]")
-    if result["per_attack"]:
-        lines += ["", f"{'attack':<16}{'trials':>10}{'EER %':>10}{'share of errors %':>20}"]
-        for attack, row in result["per_attack"].items():
-            lines.append(f"{attack:<16}{row['n']:>10,}{percent(row['eer']):>10}{percent(row['share_of_errors']):>20}")
-    for column, groups in result["by"].items():
-        lines += ["", f"{column:<16}{'bona fide':>10}{'spoof':>10}{'EER %':>10}   against"]
-        for value, row in groups.items():
-            counts = f"{row['n_bonafide']:>10,}{row['n_spoof']:>10,}"
-            lines.append(f"{value:<16}{counts}{percent(row['eer']):>10}   {row['against']}")
-    return "\n".join(lines)
+        return "\n".join([*lines, "", in_columns(figures.head(1)), "", "the other figures say nothing until the note "
+                          "above is settled"])  # fmt: skip
+    if result["min_tdcf"] is None:
+        lines.append("t-DCF      not without --asv-scores")
+    blocks = [figures, *([tables.attack_table(result)] if result["per_attack"] else [])]
+    blocks += [tables.breakdown_table(result, column) for column in result["by"]]
+    return "\n\n".join(["\n".join(lines), *map(in_columns, blocks)])
 
 
-def interval(bounds: list[float] | None, factor: float) -> str:
-    """An interval after its value, or nothing.
-
-    >>> interval([0.01, 0.02], 100)
-    '  [1.00, 2.00]'
-    """
-    digits = 2 if factor == 100 else 4
-    return f"  [{factor * bounds[0]:.{digits}f}, {factor * bounds[1]:.{digits}f}]" if bounds else ""
-
-
-def percent(fraction: float | None) -> str:
-    """A fraction in percent, or a dash.
-
-    >>> percent(0.0106), percent(None)
-    ('1.06', '-')
-    """
-    return "-" if fraction is None else f"{100 * fraction:.2f}"
+def in_columns(table) -> str:
+    """A table for a terminal: words to the left, figures to the right."""
+    words = ("meaning", table.columns[0])
+    widths = {c: max(len(c), *table[c].astype(str).str.len()) for c in table}
+    rows = [dict(zip(table, table, strict=True)), *table.astype(str).to_dict("records")]
+    lines = ("  ".join(f"{row[c]:{'<' if c in words else '>'}{widths[c]}}" for c in table) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def build_parser() -> Parser:
