@@ -133,7 +133,7 @@ def export_onnx(model: nn.Module, path: str | os.PathLike, *, opset: int = OPSET
     """
     path = Path(path)
     model = _for_export(model)
-    example = torch.zeros(2, max(CROP_SAMPLES, model.min_samples))
+    example = torch.zeros(2, max(SAMPLE_RATE_HZ, model.min_samples))
     dynamic = {INPUT_NAME: {0: "batch", 1: "samples"}, "logits": {0: "batch"}, "embedding": {0: "batch"}}
     with atomic_write(path) as part:
         try:
