@@ -53,8 +53,8 @@ run_dir: str = ""  # folder for results; empty: runs/latest here
 demo_scale: float = 1.0  # size of the demo corpus, fraction of the full one
 seed: int = 0  # seed of every random draw
 models: str = "aasist,aasist-l,rawnet2,rawnet2-learnable,lfcc-lcnn,lfcc-lcnn-lstm,lfcc-resnet18"  # to compare
-train_s: float = 2.0  # training time given to each model, seconds; 600 on a GPU begins to mean something
-n_eval: int = 72  # eval trials each model is scored on
+train_s: float = 1.0  # training time given to each model, seconds; 600 on a GPU begins to mean something
+n_eval: int = 48  # eval trials each model is scored on
 clip_s: float = 1.0  # length of a training and of an evaluated clip in the comparison, seconds
 aasist_weights: str = ""  # weights of an AASIST, such as AASIST.pth, for the picture of its attention
 
