@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import nn
@@ -25,9 +26,9 @@ from deepfake_utils.training.parallel import World
 from deepfake_utils.training.plan import LONGEST_SHORT_RUN
 from deepfake_utils.training.resume import CHECKPOINT, restore, settled_config
 from deepfake_utils.training.run import Pace, Run, State
-from deepfake_utils.training.sampling import balanced_weights, source_weights
+from deepfake_utils.training.sampling import source_weights
 from deepfake_utils.training.schedule import SharpnessAware, build_average, build_optimizer
-from deepfake_utils.waveforms import open_source
+from deepfake_utils.waveforms import balanced_weights, open_source
 
 
 def check_protocols(train: pd.DataFrame, dev: pd.DataFrame, config: TrainingConfig) -> None:
@@ -191,6 +192,7 @@ def _settle(model, config: TrainingConfig, n_train: int, device, precision, worl
     return config.replace(batch_size=size, epochs=epochs, **rates)
 
 
-def _sampling_weights(train: pd.DataFrame, sampling: str):
-    weigh = {"uniform": lambda protocol: None, "balanced": balanced_weights, "source": source_weights}
-    return weigh[sampling](train)
+def _sampling_weights(train: pd.DataFrame, sampling: str) -> np.ndarray | None:
+    if sampling == "source":
+        return source_weights(train)
+    return balanced_weights(train["label"]) if sampling == "balanced" else None

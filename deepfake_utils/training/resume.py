@@ -182,8 +182,8 @@ def clear_on_full_disk(path: str | os.PathLike, n_bytes: int) -> Iterator[None]:
         reason = getattr(error, "strerror", None) or error
         raise TrainingError(
             f"{Path(path).absolute()} cannot be written: {reason}; it needs {n_bytes:,} bytes and the disk mounted at "
-            f"{disk} has {shutil.disk_usage(disk).free:,} free. The last good checkpoint is kept: free space, then the "
-            "same call goes on from there"
+            f"{disk} has {shutil.disk_usage(disk).free:,} free. What was saved before is kept: free space, and the "
+            "same call goes on from it"
         ) from error
 
 

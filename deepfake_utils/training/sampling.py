@@ -6,13 +6,9 @@ import numpy as np
 import pandas as pd
 
 from deepfake_utils.conventions import BONAFIDE, SPOOF
+from deepfake_utils.waveforms.batches import balanced_weights
 
 SHARE_OF_MIXED_SOURCES = 0.7  # of the draws, where there are sources of one label, too
-
-
-def balanced_weights(protocol: pd.DataFrame) -> np.ndarray:
-    """Sampling weights (N,) that draw both labels equally often."""
-    return _evenly(protocol["label"])
 
 
 def source_weights(protocol: pd.DataFrame) -> np.ndarray:
@@ -35,24 +31,14 @@ def source_weights(protocol: pd.DataFrame) -> np.ndarray:
     """
     source, label = protocol["source"].astype(str), protocol["label"]
     mixed = label.groupby(source).transform("nunique") == 2
-    size = source.groupby(source).transform("size")
-    group = source + "\0" + label.astype(str)
-    in_mixed = np.sqrt(size) * _evenly(group)
-    family = protocol["attack"].astype(str).where(label == SPOOF, source)
-    alone = np.zeros(len(protocol))
-    for value in (SPOOF, BONAFIDE):
-        chosen = (~mixed & (label == value)).to_numpy()
-        if chosen.any():
-            alone[chosen] = _evenly(family[chosen])
-    share = SHARE_OF_MIXED_SOURCES if mixed.any() and not mixed.all() else float(mixed.any())
+    parts = [(mixed, source + label.astype(str), SHARE_OF_MIXED_SOURCES)]
+    for value, family in ((BONAFIDE, source), (SPOOF, protocol["attack"].astype(str))):
+        parts.append((~mixed & (label == value), family, (1 - SHARE_OF_MIXED_SOURCES) / 2))
+    size = np.sqrt(source.groupby(source).transform("size")).where(mixed, 1.0)
     weights = np.zeros(len(protocol))
-    for chosen, values, part in ((mixed, in_mixed, share), (~mixed, alone, 1 - share)):
-        chosen, values = chosen.to_numpy(), np.asarray(values)
+    for chosen, group, share in parts:
+        chosen = chosen.to_numpy()
         if chosen.any():
-            weights[chosen] = part * values[chosen] / values[chosen].sum()
-    return weights
-
-
-def _evenly(groups: pd.Series) -> np.ndarray:
-    """Weights that give every group the same sum, adding up to 1."""
-    return (1.0 / groups.groupby(groups).transform("size") / groups.nunique()).to_numpy()
+            part = size[chosen] * balanced_weights(group[chosen])
+            weights[chosen] = share * part / part.sum()
+    return weights / weights.sum()
