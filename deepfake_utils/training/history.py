@@ -58,7 +58,7 @@ def say_epoch(run: Run, row: dict) -> None:
     if "dev_macro_eer" in row:
         figures += f"  macro {100 * row['dev_macro_eer']:.2f} %"
     busy = "" if math.isnan(row["gpu_utilisation"]) else f"  GPU busy {row['gpu_utilisation']:.0%}"
-    left = "" if math.isnan(run.left_s) else f"  {in_words(run.left_s)} left"
+    left = f"  {in_words(run.left_s)} left" if run.left_s > 0 else ""
     run.say(
         f"epoch {row['epoch']:3d}: loss {row['train_loss']:.4f}  {figures}  "
         f"(best {100 * run.state.best_dev_eer:.2f} % in epoch {run.state.best_epoch + 1})  "

@@ -40,8 +40,8 @@ from deepfake_utils.training.selection import score_dev
 from deepfake_utils.waveforms import train_batches
 from deepfake_utils.waveforms.batches import Batch, Batches
 
-STEPS_BETWEEN_READS = 16  # of the losses on a GPU: reading each would stall it
-STEPS_BEFORE_PROJECTION = 5
+STEPS_BETWEEN_READS = {"cuda": 16}  # of the losses: reading each would stall a GPU; elsewhere they are read at once
+READS_BEFORE_PROJECTION = 3
 STEPS_TO_SETTLE = 3  # timed for epochs="auto"; the first warms up
 OUT_OF_TIME = "time budget used up"
 
@@ -133,7 +133,8 @@ def _train(run: Run, interrupts: Interrupts, on_epoch) -> str:
     config, state, pace = run.config, run.state, run.pace
     keep_freed_memory()
     tensorboard = open_tensorboard(run.folder, run.say) if run.world.is_main else None
-    out_of_time = False
+    steps_between_reads, out_of_time = STEPS_BETWEEN_READS.get(run.device.type, 1), False
+    projected_at = min(1 + READS_BEFORE_PROJECTION * steps_between_reads, run.steps_per_epoch)
     while not (reason := going_on.end_reason(config, state)) and not out_of_time:
         epoch_started, first_step, batches = time.monotonic(), state.step, epoch_batches(run)
         pace.begin_epoch()
@@ -143,12 +144,12 @@ def _train(run: Run, interrupts: Interrupts, on_epoch) -> str:
                 with interrupts.held():  # a step is taken whole or not at all
                     run.unread.append((take_step(run, batch), batch.index))
                     state.step += 1
-                    if len(run.unread) >= (STEPS_BETWEEN_READS if run.device.type == "cuda" else 1):
+                    if len(run.unread) >= steps_between_reads:
                         read_losses(run)
                 pace.note_step()
                 bar.set_postfix_str(f"loss {run.mean_loss:.4f}, {in_words(run.left_s)} left")
                 bar.update()
-                if pace.n_steps == min(STEPS_BEFORE_PROJECTION, run.steps_per_epoch):
+                if pace.n_steps == projected_at:
                     _say_projection(run)
                 if out_of_time := is_out_of_time(run):
                     break

@@ -130,28 +130,33 @@ def plan_run(
     Args:
         config: the recipe wished for.
         n_train, n_dev, n_eval: utterances of the splits; eval is scored once, after training.
-        budget_s: seconds for all of it; 0 keeps the recipe whatever it takes.
+        budget_s: seconds for all of it, this planning included; 0 keeps the recipe whatever it takes.
         keep_model: a shorter run must be of this model, too.
     """
     if not budget_s:
         why = [f"No time budget: the recipe runs as it is, {config.epochs} epochs of {config.model}."]
         return Plan(config, n_train, n_dev, n_eval, why)
+    started = time.monotonic()
     cost = _cost_of(config, device)
     total_s = config.epochs * cost.epoch_s(n_train, n_dev) + n_eval * cost.score_s
     wish = f"{config.model}, {config.epochs} epochs, {config.crop_samples / SAMPLE_RATE_HZ:.1f} s crops"
     if total_s <= PLANNED_SHARE * budget_s:
         why = [f"The recipe ({wish}) takes about {in_words(total_s)} here and fits the {in_words(budget_s)} there are."]
-        training_s = max(1.0, budget_s - n_eval * cost.score_s)
-        return Plan(config.replace(time_budget_s=training_s), n_train, n_dev, n_eval, why)
+        return Plan(_within(config, started, budget_s - n_eval * cost.score_s), n_train, n_dev, n_eval, why)
     why = [f"The recipe ({wish}) would take {in_words(total_s)} here; there are {in_words(budget_s)}."]
-    return _short_plan(config, n_train, n_dev, n_eval, budget_s, device, keep_model, why)
+    return _short_plan(config, n_train, n_dev, n_eval, started, budget_s, device, keep_model, why)
 
 
-def _short_plan(config, n_train, n_dev, n_eval, budget_s, device, keep_model, why) -> Plan:
-    available_s = PLANNED_SHARE * budget_s
+def _within(config: TrainingConfig, started: float, budget_s: float) -> TrainingConfig:
+    """With the time budget that is left of `budget_s`, which began to run at `started`."""
+    return config.replace(time_budget_s=max(1.0, budget_s - (time.monotonic() - started)))
+
+
+def _short_plan(config, n_train, n_dev, n_eval, started, budget_s, device, keep_model, why) -> Plan:
     for candidate in _short_candidates(config, keep_model):
         cost = _cost_of(candidate, device)
         score_full_s = cost.score_s * CROP_SAMPLES / candidate.eval_samples
+        available_s = PLANNED_SHARE * budget_s - (time.monotonic() - started)
         epochs = math.floor((available_s - n_eval * score_full_s) / cost.epoch_s(n_train, n_dev))
         if epochs >= ENOUGH_EPOCHS:
             break
@@ -165,8 +170,7 @@ def _short_plan(config, n_train, n_dev, n_eval, budget_s, device, keep_model, wh
             "trials are drawn, each attack in proportion. The error below is that of the drawn trials: do not compare "
             "it with published figures."
         )
-    training_s = max(1.0, budget_s - n_eval * score_full_s)
-    chosen = candidate.replace(epochs="auto", time_budget_s=training_s)
+    chosen = _within(candidate, started, budget_s - n_eval * score_full_s).replace(epochs="auto")
     why.append(
         f"Instead: {chosen.model}, {chosen.crop_samples / SAMPLE_RATE_HZ:g} s crops, batches of {chosen.batch_size}, "
         f"about {min(epochs, LONGEST_SHORT_RUN)} epochs of a one-cycle schedule up to {chosen.learning_rate:g}; how "
