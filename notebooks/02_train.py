@@ -296,7 +296,7 @@ if n_seeds > 1:
 
 # %%
 found = {"dev_eer": dev_eer, "best_epoch": result.best_epoch, "stopped": result.stopped, "eval_eer_by_seed": eval_eers}
-used = {"n_train": len(train), "n_dev": len(dev), "n_eval": len(evaluation)}
+used = result.config.to_dict() | {"n_train": len(train), "n_dev": len(dev), "n_eval": len(evaluation)}
 results.write(
-    corpus, metrics=metrics.to_dict() | found, config=config.to_dict() | used, device=device.device, plan=plan.why
+    corpus, metrics=metrics.to_dict() | found, config=used, device=device.device, plan=plan.why
 )  # result.json

@@ -40,7 +40,8 @@ def test_a_job_folder_is_the_whole_run_and_goes_on_where_it_stopped(corpus, tmp_
         run_job(tmp_path / "empty")
 
 
-def test_seeds_run_one_after_another_and_are_summarised(corpus, tmp_path):
+def test_seeds_run_one_after_another_and_are_summarised(corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # other processes find the package wherever they start
     scratch = tmp_path / "scratch"
     config = tiny_config(epochs=1, data_path="store", batch_size="auto")
     table = fit_seeds(*corpus, tmp_path, config, seeds=(1, 2), device="cpu", waveforms_dir=scratch, say=str)

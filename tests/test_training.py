@@ -576,6 +576,12 @@ def test_weights_of_another_architecture_are_refused_before_anything_is_read(cor
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("column, value", [("corpus", "demo"), ("speaker", "DEMO_0001")])
+def test_weights_of_the_synthetic_demo_say_so(corpus, tmp_path, column, value):
+    run([frame.assign(**{column: value}) for frame in corpus], tmp_path, epochs=1)
+    assert json.loads((tmp_path / "best.json").read_text())["trained_on"]["synthetic_demo"]
+
+
 def test_a_full_disk_is_one_sentence_and_loses_nothing(corpus, tmp_path, monkeypatch):
     whole, _ = run(corpus, tmp_path / "whole", epochs=2)
     write, written = Path.write_bytes, []

@@ -25,7 +25,7 @@ from deepfake_utils.training.loop import FitResult, fit
 from deepfake_utils.training.resume import CHECKPOINT, load_training_state
 
 PROTOCOLS = ("train", "dev")
-TEXT_COLUMNS = ("utterance", "path", "attack", "speaker", "split", "corpus")
+TEXT_COLUMNS = ("utterance", "path", "attack", "speaker", "split", "corpus", "source")
 
 
 def write_job(
@@ -144,8 +144,8 @@ def _gpus(device: str) -> list[str]:
 
 
 def _start(folder: Path, gpu: str, device: str) -> subprocess.Popen:
-    package = Path(__file__).resolve().parents[1]
-    paths = [str(package), os.environ.get("PYTHONPATH", "")]
+    repository = Path(__file__).resolve().parents[2]  # where the package lies, installed or not
+    paths = [str(repository), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in paths if p), "PYTHONUNBUFFERED": "1"}
     if gpu:
         environment["CUDA_VISIBLE_DEVICES"] = gpu

@@ -33,8 +33,9 @@ from deepfake_utils.training.interrupts import Interrupts
 from deepfake_utils.training.memory import in_micro_batches
 from deepfake_utils.training.parallel import World
 from deepfake_utils.training.plan import LONGEST_SHORT_RUN, PLANNED_SHARE
-from deepfake_utils.training.prepare import check_protocols, open_run
+from deepfake_utils.training.prepare import check_protocols, open_run, sinc_bands
 from deepfake_utils.training.run import Run, State
+from deepfake_utils.training.sampling import sampling_weights
 from deepfake_utils.training.schedule import learning_rate
 from deepfake_utils.training.selection import score_dev
 from deepfake_utils.waveforms import train_batches
@@ -224,15 +225,15 @@ def epoch_batches(run: Run) -> Batches:
     return train_batches(
         run.source, run.train["label"].to_numpy(),
         batch_size=config.batch_size, n_samples=config.crop_samples, seed=config.seed, epoch=run.state.epoch,
-        first_step=run.state.step, device=run.device, augment=run.augment, weights=run.sampling_weights,
-        shard=run.world.shard,
+        first_step=run.state.step, device=run.device, augment=run.augment, shard=run.world.shard,
+        weights=sampling_weights(run.train, config.sampling),
     )  # fmt: skip
 
 
 def _band_mask(run: Run) -> torch.Tensor:
     generator = torch.Generator().manual_seed((run.config.seed << 32) + run.steps_done)
-    mask = draw_band_mask(run.n_bands, generator, max_width=min(20, run.n_bands))
-    return mask.to(run.device, non_blocking=True)
+    n_bands = sinc_bands(run.model)
+    return draw_band_mask(n_bands, generator, max_width=min(20, n_bands)).to(run.device, non_blocking=True)
 
 
 def read_losses(run: Run) -> None:

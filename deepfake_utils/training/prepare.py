@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import nn
@@ -26,9 +24,8 @@ from deepfake_utils.training.parallel import World
 from deepfake_utils.training.plan import LONGEST_SHORT_RUN
 from deepfake_utils.training.resume import CHECKPOINT, restore, settled_config
 from deepfake_utils.training.run import Pace, Run, State
-from deepfake_utils.training.sampling import source_weights
 from deepfake_utils.training.schedule import SharpnessAware, build_average, build_optimizer
-from deepfake_utils.waveforms import balanced_weights, open_source
+from deepfake_utils.waveforms import open_source
 
 
 def check_protocols(train: pd.DataFrame, dev: pd.DataFrame, config: TrainingConfig) -> None:
@@ -63,20 +60,10 @@ def check_protocols(train: pd.DataFrame, dev: pd.DataFrame, config: TrainingConf
 
 
 def open_run(
-    train: pd.DataFrame,
-    dev: pd.DataFrame,
-    folder: Path,
-    config: TrainingConfig,
-    *,
-    model: nn.Module | None,
-    device: str,
-    saved: dict | None,
-    fingerprints: dict[str, str],
-    waveforms_dir: Path,
-    world: World,
-    started: float,
-    say: Callable[[str], None],
-) -> Run:
+    train: pd.DataFrame, dev: pd.DataFrame, folder: Path, config: TrainingConfig, *,
+    model: nn.Module | None, device: str, saved: dict | None, fingerprints: dict[str, str], waveforms_dir: Path,
+    world: World, started: float, say: Callable[[str], None],
+) -> Run:  # fmt: skip
     """Build a run, or put it where its checkpoint `saved` left it; `fit` says what the other arguments are."""
     chosen = pick_device(world.device_name(device))
     device, precision = chosen.device, pick_precision(chosen.device, config.precision)
@@ -87,7 +74,8 @@ def open_run(
     seed_everything(config.seed)
     model, criterion = _weights_to_start_from(model, config, say)
     model.to(device).train(), criterion.to(device)
-    n_bands = _sinc_bands(model) if config.band_mask else 0
+    if config.band_mask:
+        sinc_bands(model)  # told now where there are none
     # Waveforms before the batch: what they take of the device's memory is not there for it.
     source, dev_source = (
         open_source(protocol, kind=config.data_path, folder=waveforms_dir, device=device) for protocol in (train, dev)
@@ -99,31 +87,14 @@ def open_run(
     optimizer = build_optimizer(model, criterion, settled)
     seed_everything(config.seed + world.rank)
     run = Run(
-        wish=config,
-        config=settled,
-        train=train,
-        dev=dev,
-        fingerprints=fingerprints,
-        folder=folder,
-        say=say,
-        world=world,
-        device=device,
-        precision=precision,
-        source=source,
-        dev_source=dev_source,
-        augment=augment,
-        sampling_weights=_sampling_weights(train, config.sampling),
-        n_bands=n_bands,
-        model=model,
-        parallel=model,
-        criterion=criterion,
-        optimizer=optimizer,
+        wish=config, config=settled, train=train, dev=dev, fingerprints=fingerprints, folder=folder, say=say,
+        world=world, device=device, precision=precision, source=source, dev_source=dev_source, augment=augment,
+        model=model, parallel=model, criterion=criterion, optimizer=optimizer,
         scaler=torch.amp.GradScaler(device.type, enabled=precision.needs_scaler),
         average=build_average(model, settled),
         sam=SharpnessAware(optimizer, settled.sam_rho) if settled.sam_rho else None,
-        state=State(fine_tuned=fine_tuned),
-        pace=Pace(started),
-    )
+        state=State(fine_tuned=fine_tuned), pace=Pace(started),
+    )  # fmt: skip
     if saved is not None:
         restore(run, saved)
         say(f"resuming:  epoch {run.state.epoch + 1}, step {run.state.step}, from {folder / CHECKPOINT}")
@@ -154,21 +125,19 @@ def _weights_to_start_from(
 
 def _refuse_another_architecture(model: nn.Module, config: TrainingConfig) -> None:
     """What is kept is rebuilt from the name and the options in `config`: they must be this model's."""
-    kind, options = MODELS[config.model]
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in config.model_options.items()}
-    expected = dataclasses.replace(options, **given)
-    if type(model) is not kind or model.config != expected:
-        fitting = [n for n, (other, own) in MODELS.items() if type(model) is other and model.config == own]
-        fix = (
-            f"use config.replace(model={fitting[0]!r}, model_options={{}})" if fitting else "set its model_options too"
-        )
+    options = {name: tuple(value) if isinstance(value, list) else value for name, value in config.model_options.items()}
+    expected = build_model(config.model, generator=torch.Generator(), **options)
+    if type(model) is not type(expected) or model.config != expected.config:
+        names = [n for n, (kind, own) in MODELS.items() if type(model) is kind and model.config == own]
+        fix = f"config.replace(model={names[0]!r}, model_options={{}})" if names else "its own name and model_options"
         raise ConfigError(
             f"model= is {type(model).__name__} with {model.config}, and config.model is {config.model!r}, "
-            f"{kind.__name__} with {expected}: {fix}"
+            f"{type(expected).__name__} with {expected.config}: use {fix}"
         )
 
 
-def _sinc_bands(model: nn.Module) -> int:
+def sinc_bands(model: nn.Module) -> int:
+    """How many sinc filters can be masked."""
     bank = next((module for module in model.modules() if isinstance(module, SincFilters)), None)
     if bank is None:
         raise TrainingError(f"band_mask=True masks sinc filters, and {type(model).__name__} has none: switch it off")
@@ -190,9 +159,3 @@ def _settle(model, config: TrainingConfig, n_train: int, device, precision, worl
         size = min(config.batch_size, n_train)
     epochs = LONGEST_SHORT_RUN if config.epochs == "auto" else config.epochs
     return config.replace(batch_size=size, epochs=epochs, **rates)
-
-
-def _sampling_weights(train: pd.DataFrame, sampling: str) -> np.ndarray | None:
-    if sampling == "source":
-        return source_weights(train)
-    return balanced_weights(train["label"]) if sampling == "balanced" else None

@@ -79,8 +79,6 @@ class Run:
     source: Source
     dev_source: Source
     augment: Augmentation
-    sampling_weights: np.ndarray | None
-    n_bands: int  # sinc filters that may be masked
     model: nn.Module
     parallel: nn.Module  # the same model, as several processes train it
     criterion: nn.Module

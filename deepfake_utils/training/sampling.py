@@ -11,6 +11,13 @@ from deepfake_utils.waveforms.batches import balanced_weights
 SHARE_OF_MIXED_SOURCES = 0.7  # of the draws, where there are sources of one label, too
 
 
+def sampling_weights(protocol: pd.DataFrame, sampling: str) -> np.ndarray | None:
+    """Weights (N,) of the rows, or None for each of them once: what the setting `sampling` names."""
+    if sampling == "source":
+        return source_weights(protocol)
+    return balanced_weights(protocol["label"]) if sampling == "balanced" else None
+
+
 def source_weights(protocol: pd.DataFrame) -> np.ndarray:
     """Sampling weights (N,) that keep the recording chain of a source from telling the label.
 

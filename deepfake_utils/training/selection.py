@@ -142,10 +142,11 @@ def _keep_best(run: Run, scored: nn.Module, logits: np.ndarray, figures: dict[st
 
 def trained_on(run: Run) -> dict:
     """What the weights have learned from: who reads their scores must know."""
-    names = sorted({str(name) for split in (run.train, run.dev) for name in split.get("corpus", pd.Series(dtype=str))})
+    both = pd.concat([run.train, run.dev])
+    names, speakers = ({str(v) for v in both[column]} if column in both else set() for column in ("corpus", "speaker"))
     about = {
-        "corpora": names,
-        "synthetic_demo": any(name.partition("-")[0] == "demo" for name in names),
+        "corpora": sorted(names),
+        "synthetic_demo": "demo" in names or any(speaker.startswith("DEMO_") for speaker in speakers),
         "fine_tuned": run.state.fine_tuned,
     }
     for name, split in (("train", run.train), ("dev", run.dev)):
