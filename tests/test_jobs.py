@@ -107,7 +107,7 @@ def frozen(name, generator, **options):
 prepare.build_model = frozen
 with World() as world:
     assert (world.smallest(world.rank + 5), world.broadcast(world.rank + 0.5)) == (5, 0.5)
-run_job(sys.argv[1], device="cpu")
+    run_job(sys.argv[1], device="cpu")
 """
 
 
