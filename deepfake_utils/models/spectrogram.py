@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepfake_utils.models.layers import CMOutput, check_waveform
+from deepfake_utils.models.lfcc import LfccConfig, PowerSpectrum
 
 WINDOW, HOP = 512, 160
 FIRST_BIN, END_BIN = 2, 242  # 15 x 16 bins: 62 Hz to 7.53 kHz, which recordings of 16 and of 24 kHz both have
@@ -72,7 +73,8 @@ class SpectrogramResNet(nn.Module):
     def __init__(self, config: SpectrogramConfig):
         super().__init__()
         self.config = config
-        self.register_buffer("window", torch.hann_window(WINDOW), persistent=False)
+        self.power = PowerSpectrum(LfccConfig(window_samples=WINDOW, hop_samples=HOP, n_fft=WINDOW, pre_emphasis=0.0))
+        self.power.register_buffer("window", torch.hann_window(WINDOW), persistent=False)
         self.stem = nn.Conv2d(1, config.stem_channels, (5, 3), stride=2, padding=(2, 1), bias=False)
         self.stem_norm = nn.BatchNorm2d(config.stem_channels)
         blocks, channels, bins = [], config.stem_channels, (END_BIN - FIRST_BIN) // 2
@@ -93,9 +95,7 @@ class SpectrogramResNet(nn.Module):
 
     def spectrogram(self, waveform: Tensor) -> Tensor:
         """Log power without level and long-term spectrum: (B, T) -> (B, 240, frames)."""
-        spectrum = torch.stft(waveform, WINDOW, HOP, window=self.window, center=False, return_complex=True)
-        parts = torch.view_as_real(spectrum[:, FIRST_BIN:END_BIN])
-        power = parts.square().sum(-1)
+        power = self.power(waveform)[:, :, FIRST_BIN:END_BIN].transpose(1, 2)
         power = power / (power.mean((1, 2), keepdim=True) + 1e-9)
         log_power = (power + FLOOR).log()
         return SCALE * (log_power - log_power.mean(2, keepdim=True))
