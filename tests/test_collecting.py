@@ -11,6 +11,7 @@ import soundfile
 
 from deepfake_utils.collecting import collect, read_sources, synthesise
 from deepfake_utils.collecting.collect import KEPT
+from deepfake_utils.collecting.sources import small_part
 from deepfake_utils.collecting.speech import speech_seconds
 from deepfake_utils.conventions import CorpusError
 from deepfake_utils.corpora import find_corpora
@@ -124,3 +125,9 @@ def test_tones_and_silence_are_no_speech():
     tone = (8000 * np.sin(2 * np.pi * 200 * np.arange(16000) / 16000)).astype(np.int16)
     assert speech_seconds(tone) == 0 and speech_seconds(np.zeros(16000, np.int16)) == 0
     assert speech_seconds(voice(1, 1)) > 0.5
+
+
+def test_a_small_part_has_both_labels_in_every_split():
+    part = small_part(read_sources("stated"), 20_000_000)
+    counts = part.groupby(["split", "label"]).size()
+    assert len(counts) == 6 and counts.min() >= 20 and part["bytes"].sum() <= 20_000_000

@@ -52,8 +52,8 @@ def small_part(sources: pd.DataFrame, limit_bytes: int) -> pd.DataFrame:
     """
     speech = sources[sources["label"].isin(SPEECH)].sort_values(["bytes", "source", "path"], kind="stable")
     speech = speech[speech["seconds"] >= 1.0]
-    in_family = speech.groupby(["split", "label", "source", "family"]).cumcount()
-    families = speech.groupby(["split", "label"])["family"].transform("nunique")
-    turn = (in_family + 0.5) * families  # so that each split and label grows alike, whatever its number of families
-    chosen = speech.assign(turn=turn).sort_values(["turn", "source", "path"], kind="stable")
+    in_family = speech.groupby(["split", "label", "family"]).cumcount()
+    speech = speech.assign(in_family=in_family).sort_values("in_family", kind="stable")
+    turn = speech.groupby(["split", "label"]).cumcount()  # every split and label grows alike, and its families in it
+    chosen = speech.assign(turn=turn).sort_values("turn", kind="stable")
     return sources.loc[chosen.index[chosen["bytes"].cumsum() <= limit_bytes].sort_values()].reset_index(drop=True)
