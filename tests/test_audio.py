@@ -715,6 +715,11 @@ def test_without_a_list_notes_are_warnings():
         read_audio(encoded(speech_for(16_000), 16_000, "libmp3lame", "mp3"))
 
 
+def test_recordings_are_decoded_without_loading_torch():
+    code = "import sys, deepfake_utils.waveforms.decode; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
 # Lengths
 
 

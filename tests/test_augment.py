@@ -17,6 +17,7 @@ from deepfake_utils.augment import rawboost as rb
 from deepfake_utils.augment.codecs import CODECS, CodecParams, apply_codec, draw_codec
 from deepfake_utils.augment.common import fir_filter, limit_peak
 from deepfake_utils.conventions import ConfigError
+from deepfake_utils.waveforms.trimmed import speech_span
 
 RATE = 16_000
 
@@ -324,6 +325,16 @@ def test_the_silence_threshold_is_relative_to_the_loudest_frame():
     for threshold_db, expected in ((-39.0, (160, 320)), (-41.0, (0, 480))):
         start, stop = fx.find_speech(waveform, torch.tensor([threshold_db]))
         assert (start.item(), stop.item()) == expected
+
+
+def test_silence_is_the_same_to_augmentation_and_to_trimming():
+    """Also where a frame lies at the threshold to the bit."""
+    rng = np.random.default_rng(0)
+    for levels in ([0.5**7, 1, 0.5**7], [0, 0.5**7, 1], [0, 0], *rng.choice([0, 0.5**7, 0.5**6, 1], (20, 6))):
+        clip = np.repeat(np.asarray(levels, np.float32), 160)
+        threshold_db = 20 * np.log10(0.5) * 7
+        start, stop = fx.find_speech(torch.from_numpy(clip)[None], torch.tensor([threshold_db], dtype=torch.float64))
+        assert (start.item(), stop.item()) == speech_span(clip, -threshold_db)
 
 
 def test_a_last_part_of_a_frame_can_be_speech():

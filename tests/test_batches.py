@@ -352,10 +352,9 @@ def test_waiting_and_augmenting_are_told_apart():
 
     settings = {"batch_size": 2, "n_samples": 4, "seed": 0, "epoch": 0, "device": "cpu"}
     batches = train_batches(source, np.zeros(4), augment=slow, **settings)
-    assert (batches.steps, batches.wait_s, batches.augment_s) == (0, 0.0, 0.0)
+    assert (batches.wait_s, batches.augment_s) == (0.0, 0.0)
     for _ in batches:
         pass
-    assert batches.steps == len(batches) == 2
     assert batches.wait_s > 0.09 and batches.augment_s >= 0.04
 
 

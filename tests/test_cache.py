@@ -1,9 +1,7 @@
 """The clip cache: hits counted, one decode a clip, the budget following real and simulated memory, processes."""
 
 import ctypes
-import multiprocessing
 import os
-import pickle
 import subprocess
 import sys
 import threading
@@ -15,7 +13,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import soundfile
-import torch
 
 from deepfake_utils.conventions import AudioError, ConfigError, CorpusError
 from deepfake_utils.waveforms.cache import ENTRY_OVERHEAD_BYTES, CachedSource, ClipCache, FileSource
@@ -270,84 +267,6 @@ def test_sources_that_share_a_cache_decode_a_common_recording_once(tmp_path):
     assert "62.5% of 8 requests hit" in all_clips.describe()
 
 
-# --- processes ---------------------------------------------------------------------------------------------
-
-
-class Requests(torch.utils.data.Dataset):
-    """Each item asks the cache twice and reports what this process's cache counts."""
-
-    def __init__(self, cache: ClipCache, n_items: int):
-        self.cache, self.n_items = cache, n_items
-
-    def __len__(self) -> int:
-        return self.n_items
-
-    def __getitem__(self, key: int) -> list[int]:
-        for _ in range(2):
-            value = int(self.cache.get(key, lambda: clip_of(key))[0])
-        self.cache.follow_memory()
-        cache = self.cache
-        return [value, cache.hits, cache.misses, cache.decodes, cache.budget_bytes, os.getpid()]
-
-
-def as_ints(rows):
-    return [[int(value) for value in row] for row in rows]
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
-def test_forked_workers_read_their_parents_clips_and_divide_what_is_left():
-    entry = entry_bytes(1000)
-    cache = make_cache(10 * entry)
-    for key in range(4):
-        cache.get(key, lambda key=key: clip_of(key))
-    loader = torch.utils.data.DataLoader(
-        Requests(cache, 8), batch_size=None, num_workers=2, multiprocessing_context="fork"
-    )
-    rows = as_ints(loader)
-    assert [row[0] for row in rows] == list(range(8))
-    assert {row[4] for row in rows} == {3 * entry}  # (10 - 4 inherited) / 2 workers
-    last_of_each = {row[5]: row for row in rows}.values()
-    assert len(last_of_each) == 2 and os.getpid() not in {row[5] for row in rows}
-    for _, hits, misses, decodes, *_ in last_of_each:  # two inherited items: 2 + 2 hits; two own: 1 + 1
-        assert (hits, misses, decodes) == (6, 2, 2)
-    assert cache.hits == 0 and cache.misses == 4 and len(cache) == 4  # nothing comes back to the parent
-
-
-def test_a_pickled_cache_keeps_its_settings_and_not_its_clips():
-    cache = ClipCache(12_345, floor_bytes=7)
-    cache.get("k", lambda: clip_of(0, 10))
-    copy = pickle.loads(pickle.dumps(cache))
-    assert len(copy) == 0 and copy.misses == 0 and copy.budget_bytes == 12_345
-    assert copy.get("k", lambda: clip_of(4, 10))[0] == 4
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
-@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
-def test_a_fork_in_the_middle_of_a_request_does_not_lock_the_child_up():
-    cache, inside, release = make_cache(PLENTY_BYTES), threading.Event(), threading.Event()
-
-    def decode():
-        with cache._lock:
-            inside.set()
-            release.wait(20)
-        return clip_of(1)
-
-    thread = threading.Thread(target=cache.get, args=("k", decode))
-    thread.start()
-    assert inside.wait(10)
-    # Both the lock and the decode of "k" belong to a thread that the child does not have.
-    child = multiprocessing.get_context("fork").Process(
-        target=lambda: sys.exit(0 if cache.get("k", lambda: clip_of(9))[0] == 9 else 1)
-    )
-    child.start()
-    child.join(20)
-    release.set()
-    thread.join(10)
-    if child.is_alive():
-        child.kill()
-    assert child.exitcode == 0
-
-
 # --- real memory pressure ----------------------------------------------------------------------------------
 
 # Fill a cache, then take memory for something else, in a process that cannot have both. Under a control group the
@@ -356,7 +275,7 @@ PRESSURE = """
 import os, resource, sys, time
 limit, group, bounded = int(sys.argv[1]), sys.argv[2], sys.argv[3] == "bounded"
 import numpy as np
-from deepfake_utils.runtime import free_memory_bytes
+from deepfake_utils.machine import free_memory_bytes
 from deepfake_utils.waveforms.cache import ClipCache
 
 def address_space():

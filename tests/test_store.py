@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import pickle
 import resource
 import shutil
 import signal
@@ -19,9 +18,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepfake_utils import waveforms
 from deepfake_utils.conventions import AudioError, ConfigError, CorpusError
-from deepfake_utils.waveforms import open_source, store
+from deepfake_utils.waveforms import open_source, sources, store
 from deepfake_utils.waveforms.batches import _Plan, host_crops
 from deepfake_utils.waveforms.cache import FileSource
 from deepfake_utils.waveforms.store import DeviceSource, StoreError, open_store
@@ -372,7 +370,7 @@ def test_a_read_only_folder_serves_a_finished_store_and_refuses_a_new_one_in_wor
                 assert "cannot be written" in str(error) and str(folder) in str(error)
             else:
                 os._exit(1)
-            waveforms.STORE_MIN_CLIPS = 0
+            sources.STORE_MIN_CLIPS = 0
             fallback = open_source(protocol.head(3), folder=folder, progress=False)
             assert_same_clips(fallback, protocol.head(3))
             os._exit(7 if "cache" in fallback.describe() and "could not be written" in fallback.reason else 2)
@@ -387,14 +385,6 @@ def test_a_missing_recording_is_named(protocol, tmp_path):
     Path(protocol["path"][2]).unlink()
     with pytest.raises(CorpusError, match="utt2.wav"):
         pack(protocol, tmp_path / "stores")
-
-
-def test_a_pickled_store_maps_the_file_again(tmp_path):
-    protocol = write_corpus(tmp_path / "corpus", [200_000] * 3)
-    packed = pack(protocol, tmp_path / "stores")
-    content = pickle.dumps(packed)
-    assert len(content) < 5_000
-    assert_same_clips(pickle.loads(content), protocol)
 
 
 # --- in the memory of a device -----------------------------------------------------------------------------
@@ -466,7 +456,7 @@ def test_auto_says_what_it_chose_and_why(protocol, tmp_path, monkeypatch):
 
     assert choose().startswith("cache") and "no folder named" in choose()
     assert "soon decoded" in choose(folder=tmp_path / "stores")
-    monkeypatch.setattr(waveforms, "STORE_MIN_CLIPS", 10)
+    monkeypatch.setattr(sources, "STORE_MIN_CLIPS", 10)
     assert choose(folder=tmp_path / "stores").startswith("store")
     opened = []
 
@@ -474,24 +464,23 @@ def test_auto_says_what_it_chose_and_why(protocol, tmp_path, monkeypatch):
         opened.append((type(source).__name__, device))
         return FileSource(protocol)
 
-    monkeypatch.setattr(waveforms, "DeviceSource", fake_device_source)
+    monkeypatch.setattr(sources, "DeviceSource", fake_device_source)
     needed = 2 * sum(LENGTHS)
-    monkeypatch.setattr(waveforms, "free_device_bytes", lambda _: 2 * needed)
+    monkeypatch.setattr(sources, "free_device_bytes", lambda _: 2 * needed)
     assert "chosen because they fit in 50%" in choose(device="cuda:0")
     choose(device="cuda:0", folder=tmp_path / "stores")
     assert opened == [("FileSource", "cuda:0"), ("PackedStore", "cuda:0")]
-    monkeypatch.setattr(waveforms, "free_device_bytes", lambda _: 2 * needed - 2)
+    monkeypatch.setattr(sources, "free_device_bytes", lambda _: 2 * needed - 2)
     assert choose(device="cuda:0").startswith("cache") and "not on the device" in choose(device="cuda:0")
     assert len(opened) == 2
 
 
-def test_a_store_that_cannot_be_written_becomes_a_cache_with_the_reason_printed(
-    protocol, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.setattr(waveforms, "STORE_MIN_CLIPS", 0)
+def test_a_store_that_cannot_be_written_becomes_a_cache_with_the_reason_said(protocol, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sources, "STORE_MIN_CLIPS", 0)
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(store.shutil, "disk_usage", lambda _: usage)
-    source = open_source(protocol, folder=tmp_path / "stores", progress=False)
+    said = []
+    source = open_source(protocol, folder=tmp_path / "stores", progress=False, say=said.append)
     assert source.describe().startswith("cache")
-    assert "Going on with the cache" in capsys.readouterr().out
+    assert "Going on with the cache" in said[0] and capsys.readouterr().out == ""
     assert_same_clips(source, protocol)

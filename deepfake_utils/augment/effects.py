@@ -17,13 +17,13 @@ from torch import Tensor
 
 from deepfake_utils.augment.common import add_at_snr, check_bounds, draw_uniform, fir_filter, mean_power, on_device
 from deepfake_utils.conventions import SAMPLE_RATE_HZ, ConfigError
+from deepfake_utils.waveforms.trimmed import FRAME_SAMPLES, SILENCE_DB
 
 NYQUIST_HZ = SAMPLE_RATE_HZ / 2
 MU = 255  # of G.711
 LOWPASS_TAPS = 257
 SPEED_STEPS = 100  # speeds are whole hundredths, so that blocks of 100 output samples start on input samples
 SINC_ZEROS = 32  # zero crossings of the speed change's interpolator, each side
-FRAME_SAMPLES = SAMPLE_RATE_HZ // 100  # 10 ms, the resolution of the silence detector
 
 
 class NoiseParams(NamedTuple):
@@ -260,14 +260,14 @@ def draw_silence(
     generator: torch.Generator,
     *,
     keep: tuple[float, float] = (0.0, 1.0),
-    threshold_db: float = -40.0,
+    threshold_db: float = -SILENCE_DB,
 ) -> SilenceParams:
     """Draw which share of the leading and of the trailing silence stays; `keep` = (0, 0) trims all of it.
 
     Args:
         shape: (B, T) of the batch.
         keep: range of the share.
-        threshold_db: 10 ms frames with less energy than this, relative to the loudest, are silent.
+        threshold_db: 10 ms frames that do not exceed this, relative to the loudest, are silent.
     """
     check_bounds(keep, "keep", 0.0, 1.0)
     leading, trailing = draw_uniform(keep, (2, shape[0]), generator, "keep")
@@ -277,13 +277,14 @@ def draw_silence(
 def find_speech(waveform: Tensor, threshold_db: Tensor) -> tuple[Tensor, Tensor]:
     """Where the first frame above the threshold (B,) begins and the last ends, in samples, int64 (B,).
 
-    An utterance of zeros is all speech, so that nothing is cut from it.
+    `waveforms.trimmed.speech_span` for a batch on its device. An utterance of zeros is all speech, so that nothing is
+    cut from it.
     """
     n_samples = waveform.shape[-1]
     padded = torch.nn.functional.pad(waveform, (0, -n_samples % FRAME_SAMPLES))
     energy = padded.unflatten(-1, (-1, FRAME_SAMPLES)).square().sum(dim=-1)
     floor = energy.amax(dim=-1, keepdim=True) * 10 ** (threshold_db[:, None] / 10)
-    loud = (energy >= floor).to(torch.uint8)
+    loud = (energy > floor).to(torch.uint8)
     start = loud.argmax(dim=-1) * FRAME_SAMPLES
     stop = (loud.shape[-1] - loud.flip(-1).argmax(dim=-1)) * FRAME_SAMPLES
     return start, stop.clamp_max(n_samples)

@@ -78,7 +78,8 @@ def open_run(
         sinc_bands(model)  # told now where there are none
     # Waveforms before the batch: what they take of the device's memory is not there for it.
     source, dev_source = (
-        open_source(protocol, kind=config.data_path, folder=waveforms_dir, device=device) for protocol in (train, dev)
+        open_source(protocol, kind=config.data_path, folder=waveforms_dir, device=device, say=say)
+        for protocol in (train, dev)
     )
     say(f"waveforms: {source.describe()}")
     settled = (

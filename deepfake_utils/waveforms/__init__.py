@@ -1,138 +1,30 @@
-"""Waveforms on their way to the model: files, cache, packed store or device memory, then batches."""
+"""Waveforms on their way to the model: files, cache, packed store or device memory, then batches.
 
-from __future__ import annotations
+The names below are imported on first use, so that recordings can be decoded without loading torch.
+"""
 
-import os
-from typing import Protocol
+from importlib import import_module
 
-import numpy as np
-import pandas as pd
-import torch
-
-from deepfake_utils.conventions import ConfigError
-from deepfake_utils.machine import free_device_bytes
-from deepfake_utils.waveforms.batches import Batch, balanced_weights, eval_batches, train_batches
-from deepfake_utils.waveforms.cache import CachedSource, ClipCache, FileSource, shared_cache
-from deepfake_utils.waveforms.store import DeviceSource, PackedStore, StoreError, estimate_bytes, open_store
-
-__all__ = [
-    "Batch",
-    "CachedSource",
-    "ClipCache",
-    "DeviceSource",
-    "FileSource",
-    "PackedStore",
-    "Source",
-    "StoreError",
-    "balanced_weights",
-    "eval_batches",
-    "open_source",
-    "open_store",
-    "shared_cache",
-    "train_batches",
-]
-
-KINDS = ("auto", "files", "cache", "store", "device")
-DEVICE_SHARE = 0.5  # of the GPU's free memory, the most the samples may take: the rest is the model's
-STORE_MIN_CLIPS = 1_000  # fewer are decoded in a second or two: not worth a file
+_HOME = {
+    "Batch": "batches",
+    "balanced_weights": "batches",
+    "eval_batches": "batches",
+    "train_batches": "batches",
+    "CachedSource": "cache",
+    "ClipCache": "cache",
+    "FileSource": "cache",
+    "shared_cache": "cache",
+    "Source": "sources",
+    "open_source": "sources",
+    "DeviceSource": "store",
+    "PackedStore": "store",
+    "StoreError": "store",
+    "open_store": "store",
+}
+__all__ = list(_HOME)
 
 
-class Source(Protocol):
-    """The clips of a protocol, by row; every kind gives the same numbers."""
-
-    utterances: np.ndarray  # (N,) names, in protocol order
-
-    def __len__(self) -> int: ...
-
-    def clip(self, index: int) -> np.ndarray:
-        """int16 samples (n,) of one row; may be read-only."""
-
-    def n_samples(self, index: int) -> int:
-        """The length of one row."""
-
-    def describe(self) -> str:
-        """One line for the notebook: the kind, the size, and why it was chosen."""
-
-
-def open_source(
-    protocol: pd.DataFrame,
-    kind: str = "auto",
-    *,
-    folder: str | os.PathLike | None = None,
-    device: torch.device | str | None = None,
-    budget_bytes: int | None = None,
-    progress: bool = True,
-) -> Source:
-    """Open the recordings of a protocol in the way that suits the machine.
-
-    Args:
-        protocol: one row a trial, with `utterance` and `path`.
-        kind: "files" decodes at every use, "cache" keeps clips while memory allows, "store" packs them into a
-            file in `folder` once, "device" holds them all in the memory of `device`. "auto" takes the device if
-            it is a GPU and the samples fit in half its free memory, else the store if there is a folder to write
-            to and a corpus worth it, else the cache; what could not be had is printed with the reason.
-        folder: where packed stores lie; None for no store.
-        device: where the batches will be wanted.
-        budget_bytes: a cache of its own with this ceiling; None takes the one all sources of the process share.
-        progress: show progress bars.
-
-    Raises:
-        ConfigError: unknown kind, or a kind without the folder or device it needs.
-        StoreError: kind "store" or "device" was asked for and cannot be had.
-
-    >>> import pandas as pd
-    >>> open_source(pd.DataFrame({"utterance": ["a"], "path": ["a.flac"]}), kind="files")
-    <FileSource files: 1 clips, decoded at every use>
-    """
-    if kind not in KINDS:
-        raise ConfigError(f"source kind {kind!r} is unknown: expected one of {', '.join(KINDS)}")
-    if kind == "auto":
-        return _open_best(protocol, folder, device, budget_bytes, progress)
-    if kind == "files":
-        return FileSource(protocol)
-    if kind == "cache":
-        return CachedSource(protocol, None if budget_bytes is None else ClipCache(budget_bytes))
-    if kind == "store":
-        if folder is None:
-            raise ConfigError('source kind "store" needs a folder to write to')
-        return open_store(protocol, folder, progress=progress)
-    if device is None:
-        raise ConfigError('source kind "device" needs a device')
-    return _open_on_device(protocol, folder, device, progress)
-
-
-def _open_best(protocol, folder, device, budget_bytes, progress: bool) -> Source:
-    files, reasons = FileSource(protocol), []
-    if device is not None and torch.device(device).type == "cuda":
-        size, free = estimate_bytes(files), free_device_bytes(device)
-        sizes = f"{size / 1e9:.2f} GB of samples, {free / 1e9:.2f} GB free on {device}"
-        if size <= DEVICE_SHARE * free:
-            source = _open_on_device(protocol, folder, device, progress)
-            source.reason = f"chosen because they fit in {DEVICE_SHARE:.0%} of its free memory: {sizes}"
-            return source
-        reasons.append(f"not on the device: {sizes}")
-    if folder is None:
-        reasons.append("no store: no folder named")
-    elif len(files) < STORE_MIN_CLIPS:
-        reasons.append(f"no store: under {STORE_MIN_CLIPS:,} clips are soon decoded")
-    else:
-        try:
-            source = open_store(protocol, folder, progress=progress)
-            source.reason = "; ".join([*reasons, "decoded once, for this and later sessions"])
-            return source
-        except StoreError as error:
-            print(f"Going on with the cache: {error}")
-            reasons.append("no store: it could not be written")
-    source = open_source(protocol, "cache", budget_bytes=budget_bytes)
-    source.reason = "; ".join(reasons)
-    return source
-
-
-def _open_on_device(protocol, folder, device, progress: bool) -> DeviceSource:
-    source = FileSource(protocol)
-    if folder is not None and len(source) >= STORE_MIN_CLIPS:
-        try:
-            source = open_store(protocol, folder, progress=progress)
-        except StoreError as error:
-            print(f"Decoding straight to {device}: {error}")
-    return DeviceSource(source, device, progress=progress)
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"deepfake_utils.waveforms has no {name!r}: its names are {', '.join(__all__)}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -11,7 +11,7 @@ import _thread
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import closing
 from itertools import islice
@@ -41,7 +41,6 @@ class Batches:
     """An iterable of batches that also knows how long its consumer waited for them.
 
     Attributes:
-        steps: batches handed out so far.
         wait_s: time the consumer stood still for samples, in seconds; augmentation is not waiting.
         augment_s: time spent augmenting (on a GPU: launching it), in seconds.
     """
@@ -50,7 +49,7 @@ class Batches:
         self._source, self._plan, self._finish = source, plan, finish
         self._steps, self._n_samples, self._device = steps, n_samples, torch.device(device)
         self._prefetch = prefetch if prefetch is not None else min(8, 1 + (os.cpu_count() or 1))
-        self.steps, self.wait_s, self.augment_s = 0, 0.0, 0.0
+        self.wait_s, self.augment_s = 0.0, 0.0
         _check_source_device(source, self._device)
 
     def __len__(self) -> int:
@@ -71,7 +70,6 @@ class Batches:
                 batch = self._finish(step, plan, waveform)
                 self.wait_s += finishing_s - started_s
                 self.augment_s += time.perf_counter() - finishing_s
-                self.steps += 1
                 yield batch
 
     def _assemble(self, step: int) -> tuple[_Plan, torch.Tensor]:
@@ -235,8 +233,8 @@ def to_waveform(samples: torch.Tensor, device: torch.device) -> torch.Tensor:
     return samples.to(device, non_blocking=True).to(torch.float32) * SCALE
 
 
-def read_ahead(make: Callable[[int], object], steps: range, depth: int) -> Iterator:
-    """Yield make(step) in order while threads make up to `depth` of the following ones.
+def read_ahead(make: Callable, steps: Iterable, depth: int) -> Iterator:
+    """Yield make(step) in order while threads, one a step, make up to `depth` of the following ones.
 
     An exception in a thread is raised at its step. Closing the generator waits for the few batches under way.
     """
@@ -251,7 +249,7 @@ def read_ahead(make: Callable[[int], object], steps: range, depth: int) -> Itera
         wait(under_way)
 
 
-def _start(make: Callable[[int], object], step: int) -> Future:
+def _start(make: Callable, step) -> Future:
     """Begin make(step) in a thread of its own.
 
     Not a `threading.Thread`: its `start` returns only once the new thread has run, and by then that thread holds the

@@ -1,9 +1,6 @@
 """Clips decoded from their files, and a cache that keeps as many of them as the machine's memory allows.
 
-Processes: threads share one cache. A forked process (a DataLoader worker on Linux) starts with the clips its
-parent held at the fork, in the same memory pages and for reading only; a spawned one starts empty. What a worker
-adds is its own and lost when it ends, so the budget is divided by the number of workers. The batches of this
-package are read by threads, which need none of this.
+The threads of a process share one cache; processes share none.
 """
 
 from __future__ import annotations
@@ -20,7 +17,6 @@ from functools import lru_cache, partial
 
 import numpy as np
 import pandas as pd
-from torch.utils.data import get_worker_info
 
 from deepfake_utils.conventions import AudioError, ConfigError, CorpusError
 from deepfake_utils.machine import free_memory_bytes, memory_limit_bytes
@@ -70,9 +66,8 @@ class FileSource:
 
     def n_samples(self, index: int) -> int:
         """The length of trial `index` at 16 kHz, from the header where that is exact."""
-        if self.paths[index].lower().endswith((".flac", ".wav")):
-            return audio_info(self.paths[index]).n_samples
-        return len(self.clip(index))
+        info = audio_info(self.paths[index])
+        return info.n_samples if info.is_exact else len(self.clip(index))
 
     def describe(self) -> str:
         """One line for the notebook."""
@@ -145,10 +140,13 @@ class ClipCache:
         if floor_bytes is not None:
             self._floor_bytes = floor_bytes
         self._free_bytes = free_bytes
-        self._inherited: dict[Hashable, np.ndarray] = {}
-        self._start_empty()
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=partial(_call_weakly, weakref.ref(self), "_after_fork"))
+        self._lock = threading.RLock()
+        self._clips: OrderedDict[Hashable, np.ndarray] = OrderedDict()
+        self._pending: dict[Hashable, Future] = {}
+        self._bytes = self._bytes_since_check = 0
+        self.hits = self.misses = self.decodes = self.purged = self.passed = 0
+        self._watched = False
+        self.follow_memory()
 
     def get(self, key: Hashable, decode: Callable[[], np.ndarray]) -> np.ndarray:
         """The clip under `key`; `decode` makes it where it is absent, once however many threads ask.
@@ -160,13 +158,10 @@ class ClipCache:
             whatever `decode` raises, in every thread that waits for this clip; the next request tries again.
         """
         with self._lock:
-            clip = self._inherited.get(key)
-            if clip is None and key in self._clips:
-                clip = self._clips[key]
+            if key in self._clips:
                 self._clips.move_to_end(key)
-            if clip is not None:
                 self.hits += 1
-                return clip
+                return self._clips[key]
             self.misses += 1
             pending = self._pending.get(key)
             if pending is None:
@@ -191,23 +186,20 @@ class ClipCache:
 
     @property
     def bytes(self) -> int:
-        """What the cache holds; clips inherited by a fork are the parent's and not counted."""
+        """What the cache holds."""
         return self._bytes
 
     def __len__(self) -> int:
         return len(self._clips)
 
     def __contains__(self, key: Hashable) -> bool:
-        return key in self._clips or key in self._inherited
+        return key in self._clips
 
     def follow_memory(self) -> None:
         """Work the budget out anew from the memory free now, and purge down to it."""
         with self._lock:
-            worker = get_worker_info()
-            n_sharing = worker.num_workers if worker is not None else 1
             spare_bytes = self._free_bytes() - self._floor_bytes
-            budget = min(self._ceiling_bytes // n_sharing, self._bytes + spare_bytes // n_sharing)
-            self._budget_bytes = max(0, budget)
+            self._budget_bytes = max(0, min(self._ceiling_bytes, self._bytes + spare_bytes))
             self._checked_at_s, self._bytes_since_check = time.monotonic(), 0
             if self._purge() and spare_bytes < 0:
                 _return_freed_memory()
@@ -222,25 +214,6 @@ class ClipCache:
 
     def __repr__(self) -> str:
         return f"<ClipCache {self.describe()}>"
-
-    def __reduce__(self):
-        return partial(ClipCache, floor_bytes=self._floor_bytes, free_bytes=self._free_bytes), (self._ceiling_bytes,)
-
-    def _start_empty(self) -> None:
-        self._lock = threading.RLock()
-        self._clips: OrderedDict[Hashable, np.ndarray] = OrderedDict()
-        self._pending: dict[Hashable, Future] = {}
-        self._bytes = self._bytes_since_check = 0
-        self.hits = self.misses = self.decodes = self.purged = self.passed = 0
-        self._watched = False
-        self.follow_memory()
-
-    def _after_fork(self) -> None:
-        """In the child: the parent's lock may be held, its decodes never finish, its clips cost nothing."""
-        inherited = {**self._inherited, **self._clips}
-        self._ceiling_bytes = max(0, self._ceiling_bytes - self._bytes)
-        self._start_empty()
-        self._inherited = inherited
 
     def _keep(self, key: Hashable, clip: np.ndarray) -> None:
         with self._lock:
@@ -288,12 +261,6 @@ def _frozen(clip: np.ndarray) -> np.ndarray:
     clip = clip if clip.base is None else clip.copy()  # a view would keep its whole base in memory, uncounted
     clip.setflags(write=False)
     return clip
-
-
-def _call_weakly(reference: weakref.ref, method: str) -> None:
-    target = reference()
-    if target is not None:
-        getattr(target, method)()
 
 
 def _watch(reference: weakref.ref) -> None:

@@ -13,10 +13,8 @@ import json
 import os
 import shutil
 import zlib
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -28,7 +26,7 @@ from tqdm.auto import tqdm
 from deepfake_utils.conventions import SAMPLE_RATE_HZ, AudioError, CorpusError, DeepfakeUtilsError
 from deepfake_utils.files import atomic_write
 from deepfake_utils.machine import free_device_bytes
-from deepfake_utils.waveforms.batches import crop_starts
+from deepfake_utils.waveforms.batches import crop_starts, read_ahead
 from deepfake_utils.waveforms.cache import FileSource, with_reason
 
 try:
@@ -95,9 +93,6 @@ class PackedStore:
     def __repr__(self) -> str:
         return f"<PackedStore {self.describe()}>"
 
-    def __reduce__(self):
-        return PackedStore, (self.path, self.utterances)  # another process maps the file; nothing is copied
-
 
 class DeviceSource:
     """A corpus in the memory of a device, from which crops are gathered without a file or a copy from the host.
@@ -117,19 +112,18 @@ class DeviceSource:
 
     def __init__(self, source, device, *, workers: int | None = None, progress: bool = True):
         self.utterances = source.utterances
-        with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-            rows = range(len(source))
-            self._lengths = np.array(list(in_order(pool, source.n_samples, rows)), dtype=np.int64)
-            self._offsets = np.concatenate([[0], np.cumsum(self._lengths)])
-            needed, free = 2 * int(self._offsets[-1]), free_device_bytes(device)
-            if needed > free:
-                raise StoreError(
-                    f"{len(source):,} clips take {needed / 1e9:.2f} GB and {device} has {free / 1e9:.2f} GB free: "
-                    "use a packed store or the cache"
-                )
-            self._samples = torch.empty(int(self._offsets[-1]), dtype=torch.int16, device=device)
-            clips = tqdm(in_order(pool, source.clip, rows), f"to {device}", len(source), disable=not progress)
-            self._fill(clips)
+        rows, workers = range(len(source)), workers or os.cpu_count()
+        self._lengths = np.array(list(read_ahead(source.n_samples, rows, workers)), dtype=np.int64)
+        self._offsets = np.concatenate([[0], np.cumsum(self._lengths)])
+        needed, free = 2 * int(self._offsets[-1]), free_device_bytes(device)
+        if needed > free:
+            raise StoreError(
+                f"{len(source):,} clips take {needed / 1e9:.2f} GB and {device} has {free / 1e9:.2f} GB free: "
+                "use a packed store or the cache"
+            )
+        self._samples = torch.empty(int(self._offsets[-1]), dtype=torch.int16, device=device)
+        with closing(read_ahead(source.clip, rows, workers)) as clips:
+            self._fill(tqdm(clips, f"to {device}", len(source), disable=not progress))
         self.device = self._samples.device
 
     def _fill(self, clips: Iterable[np.ndarray]) -> None:
@@ -181,7 +175,12 @@ class DeviceSource:
 
 
 def open_store(
-    protocol: pd.DataFrame, folder: str | os.PathLike, *, workers: int | None = None, progress: bool = True
+    protocol: pd.DataFrame,
+    folder: str | os.PathLike,
+    *,
+    workers: int | None = None,
+    progress: bool = True,
+    say: Callable[[str], None] = print,
 ) -> PackedStore:
     """Open the packed store of a protocol in `folder`, building it or going on with it where needed.
 
@@ -194,6 +193,7 @@ def open_store(
         workers: threads decoding; None takes the number of processors. (The decoders release Python's lock:
             threads are as fast as processes, and start at once.)
         progress: show a progress bar while building.
+        say: receives a line if another process builds the store and has to be waited for.
 
     Raises:
         StoreError: the folder cannot be written or has too little space; what was decoded is kept.
@@ -208,7 +208,7 @@ def open_store(
     if not _is_finished(declaration, fingerprint, samples_path):
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with _only_builder(samples_path.with_suffix(".index")) as index_file:
+            with _only_builder(samples_path.with_suffix(".index"), say) as index_file:
                 if not _is_finished(declaration, fingerprint, samples_path):  # another builder may have been here
                     _build(source, samples_path, index_file, workers, progress)
                     _declare(declaration, fingerprint, samples_path, len(source))
@@ -238,21 +238,6 @@ def estimate_bytes(source) -> int:
     return int(2 * np.mean([source.n_samples(int(row)) for row in rows]) * len(source))
 
 
-def in_order(pool: ThreadPoolExecutor, task: Callable, items: Iterable, window: int = 64) -> Iterator:
-    """Yield task(item) in order while the pool works on up to `window` items ahead."""
-    under_way = deque()
-    try:
-        for item in items:
-            under_way.append(pool.submit(task, item))
-            if len(under_way) >= window:
-                yield under_way.popleft().result()
-        while under_way:
-            yield under_way.popleft().result()
-    finally:
-        for future in under_way:
-            future.cancel()
-
-
 def _blocks(clips: Iterable[np.ndarray]) -> Iterator[list[np.ndarray]]:
     """Group clips into lists of about BLOCK_BYTES."""
     block, size = [], 0
@@ -274,8 +259,7 @@ def _fingerprint(source: FileSource, workers: int) -> str:
     """Hash of everything a store depends on. Paths count from their common folder, which mounts may move."""
     root = os.path.commonpath([os.path.dirname(path) for path in source.paths])
     digest = hashlib.sha256(json.dumps(SETTINGS, sort_keys=True).encode())
-    with ThreadPoolExecutor(workers) as pool:
-        states = in_order(pool, _state, source.paths)
+    with closing(read_ahead(_state, source.paths, workers)) as states:
         for utterance, path, (size, modified_ns) in zip(source.utterances, source.paths, states, strict=True):
             name = os.path.relpath(path, root)
             digest.update(f"{utterance}\0{name}\0{size}\0{modified_ns}\n".encode())
@@ -305,14 +289,14 @@ def _is_finished(declaration: Path, fingerprint: str, samples_path: Path) -> boo
 
 
 @contextmanager
-def _only_builder(index_path: Path) -> Iterator[BinaryIO]:
+def _only_builder(index_path: Path, say: Callable[[str], None]) -> Iterator[BinaryIO]:
     """Open the index for appending, and wait while another process does so."""
     with index_path.open("a+b") as index_file:
         if fcntl is not None:
             try:
                 fcntl.flock(index_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                print(f"waiting for another process that builds {index_path.with_suffix('.int16')}")
+                say(f"waiting for another process that builds {index_path.with_suffix('.int16')}")
                 fcntl.flock(index_file, fcntl.LOCK_EX)
         yield index_file
 
@@ -322,10 +306,10 @@ def _build(source: FileSource, path: Path, index_file: BinaryIO, workers: int, p
         clip = source.clip(row)
         return clip, zlib.crc32(clip)
 
-    with path.open("a+b") as samples_file, ThreadPoolExecutor(workers) as pool:
+    with path.open("a+b") as samples_file:
         n_done = _resume(samples_file, index_file)
         _require_space(source, path, already_bytes=samples_file.tell())
-        decoded = in_order(pool, decode, range(n_done, len(source)))
+        decoded = read_ahead(decode, range(n_done, len(source)), workers)
         bar = tqdm(decoded, "packing", len(source), initial=n_done, unit="clip", disable=not progress)
         clips, records, size = [], [], 0
         try:
@@ -338,6 +322,7 @@ def _build(source: FileSource, path: Path, index_file: BinaryIO, workers: int, p
                     _append(samples_file, index_file, *whole)
         finally:  # also for a clip that cannot be decoded, and for Ctrl-C: what is done is kept
             bar.close()
+            decoded.close()
             _append(samples_file, index_file, clips, records)
         for file in (samples_file, index_file):
             os.fsync(file.fileno())
