@@ -242,7 +242,6 @@ def test_what_is_passed_over_in_a_folder_is_counted_aloud(corpus, weights, tmp_p
     assert "passed over 3 files" in done.stderr and ".pdf" in done.stderr and "2 of 2 recordings" in done.stderr
 
 
-@pytest.mark.xfail(strict=False, reason="standard input waits for the decoder")
 def test_names_with_dashes_broken_links_and_standard_input(corpus, weights, tmp_path):
     content = (corpus / "bonafide" / "a.wav").read_bytes()
     (tmp_path / "-dash.wav").write_bytes(content)

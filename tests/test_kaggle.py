@@ -211,10 +211,20 @@ def style_doubled(root: Path, owner: str, slug: str) -> Path:
     return root / "datasets" / owner / slug / "deepfake_utils"
 
 
+# Read by every Python at its start: an editable install of the package is not there on Kaggle.
+WITHOUT_EDITABLE_INSTALLS = """
+import sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if "__editable__" not in getattr(finder, "__module__", "")]
+"""
+
+
 def on_kaggle(root: Path) -> dict[str, str]:
-    """The environment of a process there: no PYTHONPATH, nothing of the tester's, inputs under `root`."""
-    kept = {k: v for k, v in os.environ.items() if k != "PYTHONPATH" and not k.startswith(("DEEPFAKE_", "JUPYTER"))}
-    return kept | {"DEEPFAKE_KAGGLE_INPUT": str(root)}
+    """The environment of a process there: nothing of the tester's, no installed package, inputs under `root`."""
+    start = root.parent / "start"
+    start.mkdir(parents=True, exist_ok=True)
+    (start / "sitecustomize.py").write_text(WITHOUT_EDITABLE_INSTALLS)
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("DEEPFAKE_", "JUPYTER"))}
+    return kept | {"DEEPFAKE_KAGGLE_INPUT": str(root), "PYTHONPATH": str(start)}
 
 
 def bootstrap(working: Path, root: Path, then: str) -> subprocess.CompletedProcess:

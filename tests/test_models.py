@@ -23,6 +23,7 @@ PARAMETERS = {
     "lfcc-lcnn": 170_082,
     "lfcc-lcnn-lstm": 275_970,
     "lfcc-resnet18": 12_450_290,
+    "spectrogram-resnet": 244_658,
 }
 
 # Parameters that no gradient reaches, by how their names end, and why they are kept.
