@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from deepfake_utils.conventions import (
     ScoreError,
 )
 from deepfake_utils.corpora import Corpus, division, find_corpora
+from deepfake_utils.corpora.find import kaggle_input
 from deepfake_utils.demo import DEMO_NOTICE, build_demo
 from deepfake_utils.evaluation.scorefile import join_scores, read_scores, write_scores
 from deepfake_utils.files import atomic_write
@@ -218,8 +218,7 @@ def scored_splits(
 
 
 def _finished_run(train_dir: str, run: Path) -> Path:
-    attached = Path(os.environ.get("DEEPFAKE_KAGGLE_INPUT", "/kaggle/input"))
-    mounted = (place for depth in range(1, 7) for place in sorted(attached.glob("*/" * depth + "02_train")))
+    mounted = (place for depth in range(1, 7) for place in sorted(kaggle_input().glob("*/" * depth + "02_train")))
     places = [Path(train_dir)] if train_dir else [run / "02_train", *mounted]
     for place in places:
         if (place / "result.json").is_file():

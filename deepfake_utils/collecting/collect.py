@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -149,7 +149,9 @@ def _collect_source(folder: Path, source: str, rows: pd.DataFrame, mirrors, orig
 def _keep(folder: Path, row, content: bytes) -> tuple[str, float, str]:
     """Decode a recording and write it as FLAC, unless it is no speech; (state, seconds, samples_md5)."""
     try:
-        samples = to_int16(_decode(content, Path(row.path).suffix))
+        file = io.BytesIO(content)
+        file.name = row.path  # FFmpeg looks at its suffix, too
+        samples = to_int16(read_audio(file))
     except AudioError:
         return "damaged or cut off", 0.0, ""
     is_speech = row.label in ("bonafide", "spoof")
@@ -160,13 +162,6 @@ def _keep(folder: Path, row, content: bytes) -> tuple[str, float, str]:
     write_flac(folder / kind / row.source.replace("/", "+") / f"{row.hash}.flac", samples)
     digest = hashlib.md5(samples.tobytes(), usedforsecurity=False).hexdigest()
     return KEPT, len(samples) / SAMPLE_RATE_HZ, digest
-
-
-def _decode(content: bytes, suffix: str) -> np.ndarray:
-    with tempfile.NamedTemporaryFile(suffix=suffix) as file:
-        file.write(content)
-        file.flush()
-        return read_audio(file.name)
 
 
 def write_flac(path: Path, samples: np.ndarray) -> None:

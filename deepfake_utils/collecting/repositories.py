@@ -60,9 +60,8 @@ def bring(source: str, commits: Sequence[str], paths: Sequence[str], folder: Pat
         "--no-tags",
         "--no-write-fetch-head",
         "--depth=1",
-        "origin",
     ]
-    _git(source, [*fetch[:-1], "--filter=blob:none", "origin", *sorted(set(commits))])
+    _git(source, [*fetch, "--filter=blob:none", "origin", *sorted(set(commits))])
     wanted = set()
     for commit in sorted(set(commits)):
         listed = _git(source, ["-C", os.fspath(folder), "ls-tree", "-r", "-z", "--full-tree", commit])
@@ -70,7 +69,7 @@ def bring(source: str, commits: Sequence[str], paths: Sequence[str], folder: Pat
         here = {path.encode() for path, at in zip(paths, commits, strict=True) if at == commit}
         wanted |= {blobs[path].split()[2].decode() for path in here & set(blobs)}
     if wanted:
-        _git(source, [*fetch, "--stdin"], "".join(f"{blob}\n" for blob in sorted(wanted)))
+        _git(source, [*fetch, "origin", "--stdin"], "".join(f"{blob}\n" for blob in sorted(wanted)))
     return folder
 
 

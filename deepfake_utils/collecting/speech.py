@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from deepfake_utils.conventions import SAMPLE_RATE_HZ
+from deepfake_utils.waveforms.decode import from_int16
 
 MIN_SPEECH_S = 0.15  # a recording with less of it is left out; one short word has about so much
 _FRAME, _HOP = 512, 256
@@ -27,7 +28,7 @@ def speech_seconds(samples: np.ndarray) -> float:
     >>> speech_seconds((1000 * rng.standard_normal(16000)).astype(np.int16))
     0.0
     """
-    waveform = samples.astype(np.float32) / 32768
+    waveform = from_int16(samples)
     if len(waveform) < _FRAME:
         return 0.0
     frames = np.lib.stride_tricks.sliding_window_view(waveform, _FRAME)[::_HOP]

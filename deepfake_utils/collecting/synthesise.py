@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -119,7 +120,7 @@ def _texts() -> list[str]:
     if FORTUNES.is_dir():
         for path in sorted(FORTUNES.glob("*.u8")) or sorted(p for p in FORTUNES.iterdir() if not p.suffix):
             text = path.read_text(encoding="utf-8", errors="ignore")
-            for sentence in re.split(r"(?<=[.!?])\s+|\n%\n", " ".join(text.split(" "))):
+            for sentence in re.split(r"(?<=[.!?])\s+|\n%\n", text):
                 sentence = " ".join(sentence.split())
                 if re.fullmatch(r"[A-Z][A-Za-z ,;'’\-]+[.!?]", sentence) and 4 <= len(sentence.split()) <= 30:
                     found.append(sentence)
@@ -143,8 +144,6 @@ def _split_of_text(text: str) -> str:
 
 
 def _importable(*names: str) -> Callable[[], bool]:
-    from importlib.util import find_spec
-
     return lambda: all(find_spec(name) is not None for name in names)
 
 

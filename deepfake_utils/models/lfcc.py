@@ -22,6 +22,7 @@ deltas.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -57,13 +58,14 @@ class PowerSpectrum(nn.Module):
     Powers of speech span ten orders of magnitude, so half precision would lose the quiet bands.
 
     Args:
-        config: its window, hop, FFT points and pre-emphasis are used; the window is a periodic Hamming one.
+        config: its window, hop, FFT points and pre-emphasis are used.
+        window: gives a window of so many samples; default the periodic Hamming one.
 
     Raises:
         ConfigError: settings out of range.
     """
 
-    def __init__(self, config: LfccConfig):
+    def __init__(self, config: LfccConfig, window: Callable[[int], Tensor] = torch.hamming_window):
         super().__init__()
         self.window_samples, self.hop_samples = config.window_samples, config.hop_samples
         self.n_fft, self.pre_emphasis = config.n_fft, config.pre_emphasis
@@ -74,7 +76,7 @@ class PowerSpectrum(nn.Module):
                 f"{self.pre_emphasis}"
             )
         self.n_bins = self.n_fft // 2 + 1
-        self.register_buffer("window", torch.hamming_window(self.window_samples), persistent=False)
+        self.register_buffer("window", window(self.window_samples), persistent=False)
 
     def n_frames(self, n_samples: int) -> int:
         """Frames in a clip of `n_samples`; 0 when it is shorter than one window."""

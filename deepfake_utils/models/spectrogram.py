@@ -73,8 +73,8 @@ class SpectrogramResNet(nn.Module):
     def __init__(self, config: SpectrogramConfig):
         super().__init__()
         self.config = config
-        self.power = PowerSpectrum(LfccConfig(window_samples=WINDOW, hop_samples=HOP, n_fft=WINDOW, pre_emphasis=0.0))
-        self.power.register_buffer("window", torch.hann_window(WINDOW), persistent=False)
+        frames = LfccConfig(window_samples=WINDOW, hop_samples=HOP, n_fft=WINDOW, pre_emphasis=0.0)
+        self.power = PowerSpectrum(frames, torch.hann_window)
         self.stem = nn.Conv2d(1, config.stem_channels, (5, 3), stride=2, padding=(2, 1), bias=False)
         self.stem_norm = nn.BatchNorm2d(config.stem_channels)
         blocks, channels, bins = [], config.stem_channels, (END_BIN - FIRST_BIN) // 2

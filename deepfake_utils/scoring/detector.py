@@ -331,12 +331,12 @@ class Detector:
         low, high = self._uncertain
         word = "uncertain" if low <= log_odds < high else "real" if log_odds >= high else "fake"
         probability = float(expit(-(log_odds + math.log(1 / self.costs.p_spoof - 1))))
-        probability_text = f"log-odds {log_odds:+.1f}, "
+        odds = f"log-odds {log_odds:+.1f}"
         if word == "uncertain":
-            reason = f"{probability_text}between {low:+.1f} and {high:+.1f}, where errors are frequent"
+            reason = f"{odds}, between {low:+.1f} and {high:+.1f}, where errors are frequent"
         else:
             side = "at or above" if word == "real" else "below"
-            reason = f"{probability_text}{side} {high if word == 'real' else low:+.1f}, the threshold for {self.use}"
+            reason = f"{odds}, {side} {high if word == 'real' else low:+.1f}, the threshold for {self.use}"
         verdict = replace(
             verdict, verdict=word, score=log_odds, log_odds=log_odds, probability_fake=probability, reason=reason
         )

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from platformdirs import user_cache_path
 
 from deepfake_utils.conventions import CheckpointError
+from deepfake_utils.corpora.find import kaggle_input
 from deepfake_utils.files import atomic_write
 
 _AASIST = "https://raw.githubusercontent.com/clovaai/aasist/a04c9863f63d44471dde8a6abcb3b082b07cd1d1/models/weights"
@@ -99,8 +100,8 @@ def sha256_of(content: bytes) -> str:
 
 def _attached(file_name: str) -> list[Path]:
     """Files of this name in datasets attached to a Kaggle notebook, at any usual depth."""
-    root = Path(os.environ.get("DEEPFAKE_KAGGLE_INPUT", "/kaggle/input"))
-    return [path for depth in range(_SEARCH_DEPTH + 1) for path in sorted(root.glob("*/" * depth + file_name))]
+    folders = ("*/" * depth for depth in range(_SEARCH_DEPTH + 1))
+    return [path for above in folders for path in sorted(kaggle_input().glob(above + file_name))]
 
 
 def _download(weights: PublishedWeights, target: Path) -> bytes:

@@ -1,7 +1,8 @@
 """Scores: a trained countermeasure over a protocol or over any recordings. Higher means more bona fide.
 
-Everything that scores goes through `score_crops`: recordings are decoded ahead by a thread, to float32 and never
-rounded to 16 bits, and the model computes in float32 on batches of one length.
+Recordings go through `score_crops`: they are decoded ahead by a thread, to float32 and never rounded to 16 bits.
+Waveforms that lie opened (a store holds 16 bits) go through `compute_outputs`, and a `Stream` judges its windows as
+they come; all of them end in `forward`, in float32 on batches of one length.
 """
 
 from __future__ import annotations

@@ -64,11 +64,16 @@ def score_dev(run: Run) -> dict[str, float]:
         figures = _score(run, scored) if run.world.is_main else {}
     names = ["dev_eer", *(["dev_macro_eer"] if "source" in run.dev else [])]
     figures = {name: run.world.broadcast(figures.get(name, math.nan)) for name in names}
-    selected = figures["dev_macro_eer" if run.config.selection == "macro" else "dev_eer"]
+    selected = _selected(run, figures)
     if selected < run.state.best_dev_eer:
         run.state.best_dev_eer, run.state.best_epoch = selected, run.state.epoch
     run.pace.dev_s = time.monotonic() - began
     return figures
+
+
+def _selected(run: Run, figures: dict[str, float]) -> float:
+    """The figure that decides which weights are kept."""
+    return figures["dev_macro_eer" if run.config.selection == "macro" else "dev_eer"]
 
 
 def _score(run: Run, scored: nn.Module) -> dict[str, float]:
@@ -85,7 +90,7 @@ def _score(run: Run, scored: nn.Module) -> dict[str, float]:
     figures = {"dev_eer": compute_eer(scores, labels).eer}
     if "source" in run.dev:
         figures["dev_macro_eer"] = macro_eer(scores, labels, run.dev["source"].to_numpy())
-    if figures["dev_macro_eer" if config.selection == "macro" else "dev_eer"] < state.best_dev_eer:
+    if _selected(run, figures) < state.best_dev_eer:
         _keep_best(run, scored, logits, figures)
     return figures
 
