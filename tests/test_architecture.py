@@ -25,6 +25,7 @@ FLOORS = [
     {"scoring"},
     {"training", "probing"},
     {"report"},
+    {"serving"},
     {"__main__", "notebook"},
 ]
 WITHOUT_TENSORS = {"conventions", "files", "protocols", "corpora", "evaluation", "demo"}  # metrics must not need torch
