@@ -1,0 +1,225 @@
+"""What the service must not forget: verdicts, feedback and jobs, in SQLite or PostgreSQL.
+
+A record is on the disk before the answer that rests on it is given.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from datetime import datetime
+from pathlib import Path
+
+import pandas as pd
+import sqlalchemy as sa
+
+from deepfake_utils.conventions import BONAFIDE, LABEL_NAMES, SPOOF, ConfigError, DeepfakeUtilsError
+
+TRUTHS = (LABEL_NAMES[BONAFIDE], LABEL_NAMES[SPOOF])
+WAITING, RUNNING, DONE, FAILED = "waiting", "running", "done", "failed"  # states of a job
+BUSY_S = 30.0  # how long one writer waits for another in SQLite
+
+_metadata = sa.MetaData()
+verdicts = sa.Table(
+    "verdicts", _metadata,
+    sa.Column("id", sa.String(32), primary_key=True),
+    sa.Column("at", sa.Double, nullable=False, index=True),  # seconds since 1970
+    sa.Column("client", sa.String(200), nullable=False),
+    sa.Column("sha256", sa.String(64), nullable=False),  # of the recording as it came
+    sa.Column("score", sa.Double),  # log-odds of real speech, null without a verdict
+    sa.Column("verdict", sa.String(20), nullable=False),
+    sa.Column("model", sa.String(200), nullable=False),
+    sa.Column("calibration", sa.String(200), nullable=False),
+    sa.Column("seconds", sa.Double, nullable=False),
+    sa.Column("speech_seconds", sa.Double),
+    sa.Column("level_db", sa.Double),  # mean power below full scale
+    sa.Column("bandwidth_hz", sa.Double),
+    sa.Column("kept_path", sa.Text),  # the recording itself, only with consent
+)  # fmt: skip
+feedback = sa.Table(
+    "feedback", _metadata,
+    sa.Column("id", sa.String(32), primary_key=True),
+    sa.Column("verdict_id", sa.ForeignKey("verdicts.id"), nullable=False, index=True),
+    sa.Column("at", sa.Double, nullable=False, index=True),
+    sa.Column("client", sa.String(200), nullable=False),
+    sa.Column("truth", sa.String(10), nullable=False),
+    sa.Column("note", sa.Text, nullable=False),
+    sa.Column("confirmed", sa.Boolean, nullable=False),
+)  # fmt: skip
+jobs = sa.Table(
+    "jobs", _metadata,
+    sa.Column("id", sa.String(32), primary_key=True),
+    sa.Column("at", sa.Double, nullable=False, index=True),
+    sa.Column("client", sa.String(200), nullable=False),
+    sa.Column("state", sa.String(10), nullable=False, index=True),
+    sa.Column("path", sa.Text, nullable=False),  # the recording until the job is done
+    sa.Column("keep", sa.Boolean, nullable=False),  # it after that, too
+    sa.Column("result", sa.JSON),
+)  # fmt: skip
+
+
+class UnknownRecordError(DeepfakeUtilsError):
+    """No verdict or job has this id."""
+
+
+class Records:
+    """Verdicts, feedback and jobs in one database; any thread may use it.
+
+    Args:
+        url: an SQLAlchemy address, such as sqlite:///runs/service/records.sqlite or
+            postgresql+psycopg://user@host/database; missing tables are made.
+
+    Raises:
+        ConfigError: there is no such database, or it cannot be opened.
+    """
+
+    def __init__(self, url: str):
+        try:
+            address = sa.make_url(url)
+            if address.get_backend_name() == "sqlite" and address.database:
+                Path(address.database).parent.mkdir(parents=True, exist_ok=True)
+                self._engine = sa.create_engine(address, connect_args={"timeout": BUSY_S})
+                sa.event.listen(self._engine, "connect", _prepare_sqlite)
+            else:
+                self._engine = sa.create_engine(address, pool_pre_ping=True)
+            _metadata.create_all(self._engine)
+        except ModuleNotFoundError as error:
+            raise ConfigError(f"{error.name} is needed for this database: pip install {error.name}") from None
+        except (sa.exc.SQLAlchemyError, OSError) as error:
+            shown = sa.make_url(url).render_as_string() if "://" in url else url  # without the password
+            reason = str(getattr(error, "orig", None) or error).splitlines()[0]
+            raise ConfigError(
+                f"the database {shown} cannot be opened ({reason}): expected an address such as "
+                "sqlite:///records.sqlite or postgresql+psycopg://user@host/database"
+            ) from None
+
+    def close(self) -> None:
+        """Let go of all connections."""
+        self._engine.dispose()
+
+    def is_alive(self) -> bool:
+        """Whether the database answers."""
+        try:
+            with self._engine.connect() as connection:
+                connection.execute(sa.select(1))
+        except sa.exc.SQLAlchemyError:
+            return False
+        return True
+
+    # --- verdicts and feedback
+
+    def add_verdict(self, **columns) -> str:
+        """Record a verdict once.
+
+        Args:
+            columns: as those of the table `verdicts`; `id` and `at` are filled in where they are missing.
+
+        Returns:
+            Its id; a second verdict with the id of one recorded changes nothing.
+        """
+        row = {"id": new_id(), "at": time.time(), **columns}
+        known = sa.exists().where(verdicts.c.id == row["id"])
+        with self._engine.begin() as connection:
+            if not connection.scalar(sa.select(known)):
+                connection.execute(verdicts.insert(), row)
+        return row["id"]
+
+    def add_feedback(self, verdict_id: str, *, client: str, truth: str, note: str = "", confirmed: bool = False) -> str:
+        """Record what a recording really was; `confirmed` where somebody besides the client has looked into it.
+
+        Raises:
+            ConfigError: `truth` is neither "bonafide" nor "spoof".
+            UnknownRecordError: there is no such verdict.
+        """
+        if truth not in TRUTHS:
+            raise ConfigError(f"truth is {truth!r}: expected {' or '.join(TRUTHS)}")
+        row = {"id": new_id(), "at": time.time(), "verdict_id": verdict_id, "client": client, "truth": truth}
+        with self._engine.begin() as connection:
+            if not connection.scalar(sa.select(sa.exists().where(verdicts.c.id == verdict_id))):
+                raise UnknownRecordError(f"there is no verdict {verdict_id!r}: send the id that came with the verdict")
+            connection.execute(feedback.insert(), row | {"note": note, "confirmed": confirmed})
+        return row["id"]
+
+    def confirm_feedback(self, *ids: str, confirmed: bool = True) -> int:
+        """Mark feedback as looked into, or take that back; returns how many there were."""
+        with self._engine.begin() as connection:
+            change = feedback.update().where(feedback.c.id.in_(ids)).values(confirmed=confirmed)
+            return connection.execute(change).rowcount
+
+    def verdicts(self, since: datetime | None = None) -> pd.DataFrame:
+        """All verdicts, or those from a time on, in order; columns of the table `verdicts`, `at` in UTC."""
+        return self._frame(verdicts, since)
+
+    def feedback(self, since: datetime | None = None) -> pd.DataFrame:
+        """All feedback, or that from a time on, in order; columns of the table `feedback`, `at` in UTC."""
+        return self._frame(feedback, since)
+
+    def _frame(self, table: sa.Table, since: datetime | None) -> pd.DataFrame:
+        query = sa.select(table).order_by(table.c.at, table.c.id)
+        if since is not None:
+            query = query.where(table.c.at >= since.timestamp())
+        with self._engine.connect() as connection:
+            frame = pd.DataFrame(connection.execute(query).all(), columns=list(table.c.keys()))
+        frame["at"] = pd.to_datetime(frame["at"].astype(float), unit="s", utc=True)
+        return frame
+
+    # --- jobs
+
+    def add_job(self, id: str, path: str | Path, *, client: str, keep: bool) -> None:
+        """Take in a job whose recording is on the disk."""
+        row = {"id": id, "at": time.time(), "client": client, "state": WAITING, "path": str(path), "keep": keep}
+        with self._engine.begin() as connection:
+            connection.execute(jobs.insert(), row)
+
+    def job(self, id: str) -> dict:
+        """One job as a dictionary of the table's columns.
+
+        Raises:
+            UnknownRecordError: there is no such job.
+        """
+        with self._engine.connect() as connection:
+            row = connection.execute(sa.select(jobs).where(jobs.c.id == id)).mappings().one_or_none()
+        if row is None:
+            raise UnknownRecordError(f"there is no job {id!r}: send the id that came when it was accepted")
+        return dict(row)
+
+    def next_job(self) -> dict | None:
+        """The job that has waited longest, from now on running; None where none waits."""
+        first = sa.select(jobs.c.id).where(jobs.c.state == WAITING).order_by(jobs.c.at).limit(1)
+        with self._engine.begin() as connection:
+            id = connection.scalar(first.with_for_update(skip_locked=True))
+            if id is None:
+                return None
+            claim = jobs.update().where(jobs.c.id == id, jobs.c.state == WAITING).values(state=RUNNING)
+            if not connection.execute(claim).rowcount:
+                return None
+        return self.job(id)
+
+    def finish_job(self, id: str, state: str, result: dict) -> None:
+        """Write what became of a job: "done" with the verdict, or "failed" with the problem."""
+        with self._engine.begin() as connection:
+            connection.execute(jobs.update().where(jobs.c.id == id).values(state=state, result=result))
+
+    def revive_jobs(self) -> int:
+        """Let jobs wait again that were running when the service ended; returns how many."""
+        with self._engine.begin() as connection:
+            return connection.execute(jobs.update().where(jobs.c.state == RUNNING).values(state=WAITING)).rowcount
+
+    def n_waiting_jobs(self) -> int:
+        """Jobs that are not yet done."""
+        with self._engine.connect() as connection:
+            query = sa.select(sa.func.count()).where(jobs.c.state.in_((WAITING, RUNNING)))
+            return connection.scalar(query)
+
+
+def new_id() -> str:
+    """A name for a record that nobody can guess: 32 hexadecimal digits."""
+    return uuid.uuid4().hex
+
+
+def _prepare_sqlite(connection, _) -> None:
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA journal_mode=WAL")  # readers do not wait for the writer
+    cursor.execute("PRAGMA synchronous=FULL")  # what was answered survives a power cut, too
+    cursor.execute("PRAGMA foreign_keys=ON")
+    cursor.close()

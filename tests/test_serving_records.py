@@ -1,0 +1,153 @@
+"""The service's memory: the same on SQLite and on a real PostgreSQL, and whole after a kill."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("sqlalchemy")
+
+from deepfake_utils.conventions import ConfigError
+from deepfake_utils.serving.records import DONE, RUNNING, WAITING, Records, UnknownRecordError, new_id
+
+VERDICT = dict(
+    client="alice", sha256="0" * 64, score=-1.5, verdict="fake", model="open-1", calibration="1.16 -0.82",
+    seconds=4.0, speech_seconds=3.2, level_db=-23.0, bandwidth_hz=7000.0,
+)  # fmt: skip
+
+
+def postgres_programs() -> Path | None:
+    found = shutil.which("initdb")
+    places = [Path(found).resolve().parent] if found else sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+    return places[-1] if places and (places[-1] / "pg_ctl").exists() else None
+
+
+@pytest.fixture(scope="session")
+def postgres_url(tmp_path_factory):
+    """A PostgreSQL server of our own, reached through a socket in a temporary folder."""
+    programs = postgres_programs()
+    pytest.importorskip("psycopg")
+    if programs is None:
+        pytest.skip("PostgreSQL is not installed (Debian: apt-get install postgresql)")
+    folder = tmp_path_factory.mktemp("pg")
+    user = []
+    if os.geteuid() == 0:  # PostgreSQL refuses to run as root
+        if shutil.which("runuser") is None:
+            pytest.skip("running as root, and runuser is missing")
+        user = ["runuser", "-u", "postgres", "--"]
+        for place in (folder, *list(folder.parents)[:2]):
+            place.chmod(0o755)
+        shutil.chown(folder, "postgres")
+
+    def run(*command: str) -> None:
+        done = subprocess.run([*user, *command], cwd=folder, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+
+    data = folder / "data"
+    run(str(programs / "initdb"), "-D", str(data), "-A", "trust", "-U", "tests", "-N")
+    options = f"-c listen_addresses= -k {folder} -c fsync=off"
+    run(str(programs / "pg_ctl"), "-D", str(data), "-w", "-l", str(folder / "log"), "-o", options, "start")
+    yield f"postgresql+psycopg://tests@/postgres?host={folder}"
+    run(str(programs / "pg_ctl"), "-D", str(data), "-m", "immediate", "stop")
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def records(request, tmp_path):
+    url = f"sqlite:///{tmp_path}/deep/records.sqlite"
+    records = Records(url if request.param == "sqlite" else request.getfixturevalue("postgres_url"))
+    yield records
+    records.close()
+
+
+def test_verdicts_and_feedback_come_back_as_they_were_given(records):
+    before = datetime.now(UTC)
+    id = records.add_verdict(**VERDICT)
+    silent = records.add_verdict(**VERDICT | dict(score=None, verdict="no verdict", speech_seconds=0.0))
+    frame = records.verdicts(since=before).set_index("id")
+    assert {name: frame.loc[id, name] for name in VERDICT} == VERDICT
+    assert frame.loc[[silent], "score"].isna().all()
+    assert before - timedelta(seconds=1) < frame.loc[id, "at"] < datetime.now(UTC) + timedelta(seconds=1)
+    assert records.verdicts(since=datetime.now(UTC) + timedelta(hours=1)).empty
+
+    said = records.add_feedback(id, client="bob", truth="bonafide", note="I know him; '); drop table verdicts")
+    row = records.feedback().set_index("id").loc[said]
+    assert (row.verdict_id, row.truth, bool(row.confirmed)) == (id, "bonafide", False)
+    assert records.confirm_feedback(said, "nobody") == 1
+    assert bool(records.feedback().set_index("id").loc[said, "confirmed"])
+
+
+def test_feedback_needs_a_verdict_and_a_truth(records):
+    with pytest.raises(UnknownRecordError, match="no verdict 'nothing'"):
+        records.add_feedback("nothing", client="bob", truth="spoof")
+    id = records.add_verdict(**VERDICT)
+    with pytest.raises(ConfigError, match="bonafide or spoof"):
+        records.add_feedback(id, client="bob", truth="true")
+
+
+def test_a_verdict_is_recorded_once(records):
+    id = records.add_verdict(**VERDICT)
+    assert records.add_verdict(**VERDICT | dict(id=id, score=3.0)) == id
+    assert records.verdicts().set_index("id").loc[[id], "score"].tolist() == [-1.5]
+
+
+def test_each_job_is_given_to_one_worker(records):
+    ids = {new_id() for _ in range(20)}
+    for id in ids:
+        records.add_job(id, f"/somewhere/{id}", client="alice", keep=False)
+    assert records.n_waiting_jobs() == 20
+
+    def work(_):
+        taken = []
+        while job := records.next_job():
+            taken.append(job["id"])
+        return taken
+
+    with ThreadPoolExecutor(4) as pool:
+        taken = [id for part in pool.map(work, range(4)) for id in part]
+    while job := records.next_job():  # a worker that lost a race gave up
+        taken.append(job["id"])
+    assert sorted(taken) == sorted(ids)
+    first = taken[0]
+    records.finish_job(first, DONE, {"verdict": "fake"})
+    assert records.revive_jobs() == 19
+    assert records.job(first)["result"] == {"verdict": "fake"} and records.job(taken[1])["state"] == WAITING
+    with pytest.raises(UnknownRecordError, match="no job"):
+        records.job("nothing")
+    while job := records.next_job():
+        assert job["state"] == RUNNING
+        records.finish_job(job["id"], DONE, {})
+    assert records.n_waiting_jobs() == 0
+
+
+def test_what_was_recorded_survives_a_kill(tmp_path):
+    url = f"sqlite:///{tmp_path}/records.sqlite"
+    code = f"""
+        from deepfake_utils.serving.records import Records
+        records = Records({url!r})
+        while True:
+            print(records.add_verdict(**{VERDICT!r}), flush=True)
+    """
+    root = Path(__file__).parents[1]
+    writer = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)], cwd=root, stdout=subprocess.PIPE, text=True
+    )
+    said = [writer.stdout.readline().strip() for _ in range(20)]
+    writer.send_signal(signal.SIGKILL)
+    said += [line.strip() for line in writer.communicate()[0].splitlines() if len(line.strip()) == 32]
+    assert set(said) <= set(Records(url).verdicts()["id"])
+
+
+@pytest.mark.parametrize(
+    "url", ["nonsense", "sqlite:////proc/none/x.sqlite", "postgresql+psycopg://x:secret@/y?host=/none"]
+)
+def test_a_database_that_cannot_be_opened_is_one_error_without_the_password(url):
+    with pytest.raises(ConfigError, match="cannot be opened") as problem:
+        Records(url)
+    assert "secret" not in str(problem.value)
