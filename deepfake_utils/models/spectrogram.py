@@ -44,6 +44,14 @@ class SpectrogramConfig:
     dropout: float = 0.2
 
 
+class Shortcut(nn.Sequential):
+    """The mean of `stride` x `stride` points, a 1 x 1 convolution and batch norm."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int):
+        pool = nn.AvgPool2d(stride, ceil_mode=True)
+        super().__init__(pool, nn.Conv2d(in_channels, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels))
+
+
 class Block(nn.Module):
     """Two 3 x 3 convolutions with batch norm, plus the input."""
 
@@ -55,11 +63,7 @@ class Block(nn.Module):
         self.norm2 = nn.BatchNorm2d(out_channels)
         self.shortcut = nn.Identity()
         if stride != 1 or in_channels != out_channels:
-            self.shortcut = nn.Sequential(
-                nn.AvgPool2d(stride, ceil_mode=True),
-                nn.Conv2d(in_channels, out_channels, 1, bias=False),
-                nn.BatchNorm2d(out_channels),
-            )
+            self.shortcut = Shortcut(in_channels, out_channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, H, W) -> (B, out_channels, H / stride, W / stride), rounded up."""

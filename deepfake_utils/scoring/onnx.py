@@ -31,6 +31,7 @@ from deepfake_utils.models.encoder import Encoder
 from deepfake_utils.models.layers import CMOutput, check_waveform
 from deepfake_utils.models.lfcc import PowerSpectrum
 from deepfake_utils.models.sinc import SincFilters
+from deepfake_utils.models.spectrogram import Shortcut
 
 OPSET = 17
 INPUT_NAME = "waveform"
@@ -80,18 +81,71 @@ class PoolingOfAnyLength(NodePooling):
         return product.long().clamp(min=1)[0]
 
 
-class PowerByConvolution(PowerSpectrum):
-    """With a real cosine and sine bank: ONNX knows no complex numbers."""
+class Waves(torch.autograd.Function):
+    """A matrix of cosines or sines, which a graph computes when it is loaded: the file holds its rows and columns."""
+
+    @staticmethod
+    def forward(ctx, n: Tensor, k: Tensor, period: int, function: str) -> Tensor:
+        """cos or sin ("Cos", "Sin") of 2 pi n k / period, for whole numbers n (samples, 1) and k (1, bins)."""
+        return getattr(torch, function.lower())(2 * math.pi / period * (n @ k % period).double()).float()
+
+    @staticmethod
+    def symbolic(g, n, k, period: int, function: str):
+        """The same as operations of which the exporter folds none, so that the runtime does."""
+        period, step = (g.op("Constant", value_t=torch.tensor(x)) for x in (float(period), 2 * math.pi / period))
+        return g.op(function, g.op("Mul", g.op("Mod", g.op("MatMul", n, k), period, fmod_i=1), step))
+
+
+class PowerByFolding(PowerSpectrum):
+    """With real cosine and sine matrices, ONNX having no complex numbers: of frames folded twice.
+
+    Cosines are even about half of their period, sines odd; about its quarter both are one or the other, by whether the
+    bin's number is even. So sums and differences of mirrored samples leave a quarter of the products.
+    """
 
     def powers(self, waveform: Tensor) -> Tensor:
-        turns = torch.outer(torch.arange(self.n_bins), torch.arange(self.window_samples)) % self.n_fft
-        angle = 2 * math.pi / self.n_fft * turns
-        bank = (torch.cat([angle.cos(), angle.sin()]) * self.window).unsqueeze(1).to(waveform)
-        cosine, sine = F.conv1d(waveform.unsqueeze(1), bank, stride=self.hop_samples).chunk(2, dim=1)
-        return (cosine.square() + sine.square()).transpose(1, 2)
+        half, quarter = self.n_fft // 2, self.n_fft // 4
+        frames = F.pad(self._frames(waveform) * self.window, (0, self.n_fft - self.window_samples))
+        mirrored = frames[..., half + 1 :].flip(-1)  # samples N - 1, ..., N / 2 + 1 beside 1, ..., N / 2 - 1
+        even = torch.cat([frames[..., :1], frames[..., 1:half] + mirrored, frames[..., half : half + 1]], -1)
+        odd = F.pad(frames[..., 1:half] - mirrored, (1, 1))
+        even_mirrored, odd_mirrored = (F.pad(x[..., quarter + 1 :].flip(-1), (0, 1)) for x in (even, odd))
+        even, odd = even[..., : quarter + 1], odd[..., : quarter + 1]
+        n = torch.arange(quarter + 1.0)[:, None]
+        powers = []
+        for parity, sign in ((0, 1), (1, -1)):  # bins 0, 2, ... and 1, 3, ...
+            bins = torch.arange(parity, self.n_bins + parity, 2.0)[None]
+            real = (even + sign * even_mirrored) @ Waves.apply(n, bins, self.n_fft, "Cos")
+            imaginary = (odd - sign * odd_mirrored) @ Waves.apply(n, bins, self.n_fft, "Sin")
+            powers.append(real.square() + imaginary.square())
+        return torch.stack(powers, -1).flatten(-2)[..., : self.n_bins]
+
+    def _frames(self, waveform: Tensor) -> Tensor:
+        """(B, T) -> (B, frames, window), from steps of one hop: their overlaps lie side by side."""
+        hop, window = self.hop_samples, self.window_samples
+        n_steps = -(-window // hop)
+        steps = F.pad(waveform, (0, hop - 1))
+        steps = steps[:, : steps.shape[1] // hop * hop].reshape(waveform.shape[0], -1, hop)
+        n_frames = (waveform.shape[1] - window) // hop + 1
+        parts = [steps[:, i : n_frames + i, : min(hop, window - i * hop)] for i in range(n_steps)]
+        return torch.cat(parts, -1)
 
 
-IN_A_GRAPH = {Encoder: PiecewiseEncoder, NodePooling: PoolingOfAnyLength, PowerSpectrum: PowerByConvolution}
+class ShortcutByOneConvolution(Shortcut):
+    """The mean of 2 x 2 points and the 1 x 1 convolution as one of 2 x 2; a last odd column, doubled, is its mean."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, convolution, norm = self
+        weight = convolution.weight.expand(-1, -1, 2, 2) / 4
+        return norm(F.conv2d(F.pad(x, (0, 1, 0, 1), mode="replicate"), weight, stride=2))
+
+
+IN_A_GRAPH = {
+    Encoder: PiecewiseEncoder,
+    NodePooling: PoolingOfAnyLength,
+    PowerSpectrum: PowerByFolding,
+    Shortcut: ShortcutByOneConvolution,
+}
 
 
 def _for_export(model: nn.Module) -> nn.Module:
