@@ -1,0 +1,157 @@
+"""Whether what a service hears is still what its weights were made for: two-sample tests against a reference.
+
+Kolmogorov and Smirnov's test asks of each number whether two samples can be of one distribution, Fisher's whether
+recordings without a verdict are as frequent. All p-values are multiplied by their number (Bonferroni), so the false
+alarm rate is that of the whole report, whatever the numbers have to do with each other. A drift says that something is
+different, not that verdicts are wrong; no alarm says that nothing was seen in a sample of this size.
+
+The rate holds for recordings that have nothing to do with each other. Those of one client do, so where there are many
+clients one recording of each is taken.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy.stats import fisher_exact, ks_2samp
+
+from deepfake_utils.conventions import AudioError, ConfigError, ScoreError
+from deepfake_utils.corpora.division import proportional_subset
+from deepfake_utils.files import atomic_write
+from deepfake_utils.probing.shortcuts import recording_numbers
+from deepfake_utils.scoring.detector import Detector
+from deepfake_utils.waveforms.decode import read_audio, to_int16
+
+NUMBERS = {"score": "score", "level_db": "level", "bandwidth_hz": "bandwidth", "seconds": "duration"}
+NO_VERDICT = "no verdict"
+FALSE_ALARMS = 0.01  # of whole reports without drift
+MANY_CLIENTS = 50  # from so many on, a client is the unit and not a recording
+MOST = 2000  # recordings of a stream that are looked at: of a million, any trifle would be significant
+FEWEST = 20  # below this a test could hardly see anything
+
+
+def reference_file(weights: str | os.PathLike) -> Path:
+    """Where the reference of a weights file lies: beside it."""
+    return Path(weights).with_suffix(".reference.json")
+
+
+def make_reference(detector: Detector, protocol: pd.DataFrame, *, n: int = 1000, seed: int = 0) -> pd.DataFrame:
+    """Measure recordings as the service does, for later comparison.
+
+    Args:
+        detector: what will be in service.
+        protocol: trials like those the service is meant for, whose weights have not seen them: dev, better than train.
+        n: trials drawn at most, bona fide and each attack in proportion.
+        seed: of the draw.
+
+    Returns:
+        label and the columns of NUMBERS, one row a trial; no score where the detector gives no verdict.
+
+    Raises:
+        AudioError: a recording cannot be read.
+    """
+    rows = []
+    trials = proportional_subset(protocol, n, seed)
+    verdicts = detector.verdicts(map(Path, trials["path"]))
+    for trial, verdict in zip(trials.itertuples(), verdicts, strict=True):
+        if isinstance(verdict, AudioError):
+            raise verdict
+        numbers = recording_numbers(to_int16(read_audio(trial.path)))
+        rows.append({
+            "label": trial.label, "score": verdict.score, "level_db": numbers["level_db"],
+            "bandwidth_hz": numbers["bandwidth_hz"], "seconds": verdict.duration_s,
+        })  # fmt: skip
+    return pd.DataFrame(rows).astype({"score": float})
+
+
+def write_reference(weights: str | os.PathLike, reference: pd.DataFrame, made_from: str) -> Path:
+    """Keep a reference beside its weights. made_from: the corpus, in words."""
+    columns = {
+        name: [None if pd.isna(value) else value for value in values.tolist()] for name, values in reference.items()
+    }
+    path = reference_file(weights)
+    with atomic_write(path) as part:
+        part.write_text(json.dumps({"made_from": made_from, **columns}, allow_nan=False) + "\n", encoding="utf-8")
+    return path
+
+
+def read_reference(weights: str | os.PathLike) -> pd.DataFrame:
+    """The reference beside a weights file; `.attrs["made_from"]` says what it is of.
+
+    Raises:
+        ConfigError: there is none, or it is damaged.
+    """
+    path = reference_file(weights)
+    advice = "make one with serving.drift.make_reference and write_reference, from dev of the corpus they are meant for"
+    try:
+        columns = json.loads(path.read_text(encoding="utf-8"))
+        made_from = columns.pop("made_from")
+        table = pd.DataFrame(columns).astype({name: float for name in NUMBERS})
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: these weights have no reference to compare with; {advice}") from None
+    except (ValueError, KeyError, AttributeError) as error:
+        raise ConfigError(f"{path} is damaged or no reference ({error!r}); {advice}") from None
+    table.attrs["made_from"] = made_from
+    return table
+
+
+def sample(verdicts: pd.DataFrame, seed: int = 0) -> tuple[pd.DataFrame, str]:
+    """The recordings to be tested, and what they are in words: one a client where there are many, and not too many.
+
+    verdicts: with a column client, as `Records.verdicts` gives them.
+    """
+    shuffled, unit = verdicts.sample(frac=1, random_state=seed), "recording"
+    if verdicts["client"].nunique() >= MANY_CLIENTS:
+        shuffled, unit = shuffled.drop_duplicates("client"), "client"
+    chosen = shuffled.head(MOST)
+    return chosen, f"{len(chosen):,} of {len(verdicts):,} recordings, one a {unit}"
+
+
+def find_drift(reference: pd.DataFrame, stream: pd.DataFrame, false_alarms: float = FALSE_ALARMS) -> pd.DataFrame:
+    """Test whether a stream of recordings is like the reference.
+
+    Args:
+        reference, stream: with the columns of NUMBERS; a recording without a verdict has no score.
+        false_alarms: probability, in (0, 1), that a report without any drift shows one.
+
+    Returns:
+        what, n_reference, n, before and now (medians; shares for "no verdict"), distance (the largest one between the
+        two cumulative distributions; the difference of the shares), p (for the whole report), drifted.
+
+    Raises:
+        ConfigError: false_alarms is no probability.
+        ScoreError: there are fewer than 20 recordings on a side.
+    """
+    if not 0 < false_alarms < 1:
+        raise ConfigError(f"false_alarms is {false_alarms}: expected a probability, above 0 and below 1, such as 0.01")
+    if min(len(reference), len(stream)) < FEWEST:
+        raise ScoreError(
+            f"{len(reference):,} recordings in the reference and {len(stream):,} in the stream: expected at least "
+            f"{FEWEST} in each to see a drift; wait for more, or look further back"
+        )
+    rows = [_compare_numbers(words, reference[name], stream[name]) for name, words in NUMBERS.items()]
+    rows.append(_compare_shares(reference["score"].isna(), stream["score"].isna()))
+    table = pd.DataFrame(rows)
+    table["p"] = (table["p"] * table["p"].notna().sum()).clip(upper=1)
+    return table.assign(drifted=table["p"] < false_alarms)
+
+
+def _compare_numbers(what: str, before: pd.Series, now: pd.Series) -> dict:
+    before, now = before.dropna(), now.dropna()
+    enough = min(len(before), len(now)) >= FEWEST  # of the scores there may be few
+    found = ks_2samp(before, now, method="asymp") if enough else None  # the exact one takes seconds at some sizes
+    distance, p = (float(found.statistic), float(found.pvalue)) if found else (np.nan, np.nan)
+    medians = {"before": before.median(), "now": now.median()}
+    return {"what": what, "n_reference": len(before), "n": len(now), **medians, "distance": distance, "p": p}
+
+
+def _compare_shares(before: pd.Series, now: pd.Series) -> dict:
+    table = [[int(side.sum()), int((~side).sum())] for side in (before, now)]
+    shares = {"before": before.mean(), "now": now.mean(), "distance": abs(now.mean() - before.mean())}
+    return {
+        "what": NO_VERDICT, "n_reference": len(before), "n": len(now), **shares, "p": float(fisher_exact(table).pvalue),
+    }  # fmt: skip

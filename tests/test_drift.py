@@ -1,0 +1,97 @@
+"""Drift: alarms as rare as promised without it, and raised with it."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.stats import binom
+
+from deepfake_utils import Detector
+from deepfake_utils.conventions import ConfigError, ScoreError
+from deepfake_utils.demo import build_demo
+from deepfake_utils.serving import drift
+from tests.conftest import DEMO_SCALE
+
+
+def draw(rng, n: int, **changes) -> pd.DataFrame:
+    """Recordings of a service: level, duration and score hang together, bandwidths tie, a tenth has no verdict."""
+    shared = rng.normal(size=n)
+    table = pd.DataFrame({
+        "score": 2 * rng.choice([-1, 1], n) + rng.normal(size=n) + 0.5 * shared,
+        "level_db": -25 + 4 * shared + 3 * rng.normal(size=n),
+        "bandwidth_hz": 15.625 * rng.integers(200, 512, n),
+        "seconds": np.exp(1.5 + 0.5 * shared + 0.5 * rng.normal(size=n)),
+        "client": [f"client {i}" for i in range(n)],
+    })  # fmt: skip
+    table["score"] = table["score"].where(rng.uniform(size=n) > changes.get("no_verdict", 0.1))
+    for name in changes.keys() & set(drift.NUMBERS):
+        table[name] += changes[name]
+    return table
+
+
+def test_without_drift_alarms_are_as_rare_as_chosen():
+    rng, n_reports = np.random.default_rng(1), 400
+    smallest = np.array([drift.find_drift(draw(rng, 150), draw(rng, 80))["p"].min() for _ in range(n_reports)])
+    for false_alarms in (0.01, 0.05, 0.2):
+        n_alarms = int((smallest < false_alarms).sum())
+        assert n_alarms <= binom.ppf(0.999, n_reports, false_alarms)
+        assert n_alarms >= binom.ppf(0.001, n_reports, false_alarms / 3)  # nor do they never come
+
+
+@pytest.mark.parametrize(
+    "what, change",
+    [("score", {"score": -1.0}), ("level", {"level_db": -3.0}), ("bandwidth", {"bandwidth_hz": -800.0}),
+     ("duration", {"seconds": 3.0}), ("no verdict", {"no_verdict": 0.25})],
+)  # fmt: skip
+def test_with_drift_the_number_that_moved_is_named(what, change):
+    rng, found = np.random.default_rng(2), []
+    for _ in range(10):
+        report = drift.find_drift(draw(rng, 600), draw(rng, 400, **change)).set_index("what")
+        found.append(report["drifted"][what])
+        assert report["drifted"].drop(what).sum() <= 1
+    assert np.mean(found) >= 0.9
+
+
+def test_a_shift_too_small_to_see_is_seen_in_more_recordings():
+    rng = np.random.default_rng(3)
+    moved = [drift.find_drift(draw(rng, n), draw(rng, n, level_db=-1.0)).set_index("what") for n in (50, 2000)]
+    assert [bool(report["drifted"]["level"]) for report in moved] == [False, True]
+
+
+def test_where_clients_are_many_each_counts_once():
+    """Few talkative clients make a stream that repeats itself; taken by recording it would raise false alarms."""
+    rng, alarms = np.random.default_rng(4), {"client": 0, "recording": 0}
+    for _ in range(40):
+        talkative = rng.choice(120, 1500, p=rng.dirichlet(np.full(120, 0.2)))
+        stream = draw(rng, 120).iloc[talkative]
+        chosen, words = drift.sample(stream)
+        assert chosen["client"].is_unique and "one a client" in words
+        reference = draw(rng, 300)
+        alarms["client"] += bool(drift.find_drift(reference, chosen)["drifted"].any())
+        alarms["recording"] += bool(drift.find_drift(reference, stream)["drifted"].any())
+    assert alarms["client"] <= binom.ppf(0.999, 40, drift.FALSE_ALARMS) < alarms["recording"]
+
+
+def test_few_recordings_and_impossible_rates_are_refused():
+    table = draw(np.random.default_rng(0), 19)
+    with pytest.raises(ScoreError, match="19 in the stream.*at least 20"):
+        drift.find_drift(draw(np.random.default_rng(0), 50), table)
+    with pytest.raises(ConfigError, match="false_alarms is 5"):
+        drift.find_drift(table, table, 5)
+
+
+def test_a_reference_is_made_of_recordings_and_kept_beside_the_weights(tmp_path):
+    trials = build_demo(tmp_path / "demo", scale=DEMO_SCALE).protocol("dev")
+    reference = drift.make_reference(Detector.load(whole=False), trials)
+    assert len(reference) == len(trials) and reference["score"].notna().all()
+    assert reference["seconds"].between(1, 4).all() and reference["level_db"].between(-60, 0).all()
+    path = drift.write_reference(tmp_path / "w.safetensors", reference, "demo, dev")
+    again = drift.read_reference(tmp_path / "w.safetensors")
+    pd.testing.assert_frame_equal(again, reference, check_dtype=False)
+    assert again.attrs["made_from"] == "demo, dev"
+    path.write_text(json.dumps({"score": [1, 2]}))
+    with pytest.raises(ConfigError, match="damaged.*make_reference"):
+        drift.read_reference(tmp_path / "w.safetensors")
+    with pytest.raises(ConfigError, match="have no reference"):
+        drift.read_reference(tmp_path / "other.safetensors")
