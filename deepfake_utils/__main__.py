@@ -1,4 +1,4 @@
-"""The command line: `python -m deepfake_utils find | collect | train | score | evaluate | export`.
+"""The command line: `python -m deepfake_utils find | collect | train | score | evaluate | export | serve`.
 
 Exit codes: 0 done; 1 done except for recordings that could not be read, each named on standard error;
 2 bad input, said in one line; 130 interrupted.
@@ -166,6 +166,30 @@ def score(options: argparse.Namespace) -> int:
     return SOME_UNREADABLE if counts["unreadable"] else DONE
 
 
+def serve(options: argparse.Namespace) -> int:
+    """Answer over HTTP whether recordings are real or fake, with a page for people and an interface for programs.
+
+    DATABASE_URL names a database other than a file in the folder, such as postgresql+psycopg://user@host/name;
+    DEEPFAKE_TOKENS="anna=SECRET,ben=SECRET" lets in only who sends such a token. The weights of FOLDER/models are
+    followed without a restart.
+    """
+    try:
+        from deepfake_utils.serving.server import serve as run
+        from deepfake_utils.serving.service import Settings
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{error.name} is missing: pip install 'deepfake-utils[serve]'") from None
+    pairs = [pair.partition("=") for pair in os.environ.get("DEEPFAKE_TOKENS", "").split(",") if pair.strip()]
+    if not all(name.strip() and token.strip() for name, _, token in pairs):
+        raise ConfigError('DEEPFAKE_TOKENS: expected NAME=TOKEN,..., such as "anna=SECRET"')
+    tokens = {token.strip(): name.strip() for name, _, token in pairs}
+    settings = Settings(
+        options.folder, options.weights, options.models, os.environ.get("DATABASE_URL"), tokens, use=options.use,
+        device=options.device,
+    )  # fmt: skip
+    run(settings, options.host, options.port)
+    return DONE
+
+
 def evaluate(options: argparse.Namespace) -> int:
     """Print the figures of a score file, and write them as JSON and HTML where asked."""
     from deepfake_utils import evaluation
@@ -232,7 +256,7 @@ def build_parser() -> Parser:
         prog="python -m deepfake_utils", description="Detect AI-generated speech: corpora, scores, figures."
     )
     commands = parser.add_subparsers(
-        required=True, metavar="find | collect | train | score | evaluate | export", parser_class=Parser
+        required=True, metavar="find | collect | train | score | evaluate | export | serve", parser_class=Parser
     )
 
     command = commands.add_parser("find", help="list the corpora in folders", description=find.__doc__)
@@ -297,6 +321,18 @@ def build_parser() -> Parser:
     command.add_argument("--json", metavar="FILE", type=Path, help="write all figures, rates as fractions")
     command.add_argument("--html", metavar="FILE", type=Path, help="write one self-contained report page")
     command.set_defaults(run=evaluate)
+
+    command = commands.add_parser("serve", help="answer over HTTP", description=serve.__doc__)
+    command.add_argument("folder", nargs="?", metavar="FOLDER", type=Path, default=Path("runs/service"),
+                         help="records, waiting jobs and kept recordings; default: runs/service")  # fmt: skip
+    command.add_argument("--weights", metavar="WEIGHTS", help="as for score, while no pointer in models says otherwise")
+    command.add_argument("--models", metavar="FOLDER", type=Path, help="with current.json, which names the weights in "
+                         "service; default: models in the folder")  # fmt: skip
+    command.add_argument("--use", choices=("call-centre", "moderation", "forensic"), help="as for score")
+    command.add_argument("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:N")
+    command.add_argument("--host", default="127.0.0.1", help="address to listen on; default: this machine alone")
+    command.add_argument("--port", type=int, default=8000, help="default: 8000; 0 takes a free one")
+    command.set_defaults(run=serve)
 
     command = commands.add_parser("export", help="write a model as ONNX", description=export.__doc__)
     command.add_argument("out", metavar="FILE.onnx", type=Path, help="file to write")

@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("sqlalchemy")
 
 from deepfake_utils.conventions import ConfigError
-from deepfake_utils.serving.records import DONE, RUNNING, WAITING, Records, UnknownRecordError, new_id
+from deepfake_utils.serving.records import DONE, FAILED, RUNNING, WAITING, Records, UnknownRecordError, new_id
 
 VERDICT = dict(
     client="alice", sha256="0" * 64, score=-1.5, verdict="fake", model="open-1", calibration="1.16 -0.82",
@@ -101,7 +101,7 @@ def test_each_job_is_given_to_one_worker(records):
     ids = {new_id() for _ in range(20)}
     for id in ids:
         records.add_job(id, f"/somewhere/{id}", client="alice", keep=False)
-    assert records.n_waiting_jobs() == 20
+    assert records.unfinished_jobs() == ids
 
     def work(_):
         taken = []
@@ -123,7 +123,16 @@ def test_each_job_is_given_to_one_worker(records):
     while job := records.next_job():
         assert job["state"] == RUNNING
         records.finish_job(job["id"], DONE, {})
-    assert records.n_waiting_jobs() == 0
+    assert records.unfinished_jobs() == set()
+
+
+def test_a_job_that_ends_the_service_each_time_is_given_up(records):
+    id = new_id()
+    records.add_job(id, "/somewhere", client="alice", keep=False)
+    for revived in (1, 1, 0):
+        assert records.next_job()["id"] == id
+        assert records.revive_jobs() == revived
+    assert records.job(id)["state"] == FAILED and "3 times" in records.job(id)["result"]["detail"]
 
 
 def test_what_was_recorded_survives_a_kill(tmp_path):

@@ -48,35 +48,37 @@ def recording_numbers(clip: np.ndarray) -> dict[str, float]:
     """
     waveform = from_int16(clip).astype(np.float64)
     start, stop = speech_span(waveform)
-    frequency_hz, power = _mean_spectrum(waveform)
+    frequency_hz, power = mean_spectrum(waveform)
     frames = waveform[: len(waveform) // FRAME_SAMPLES * FRAME_SAMPLES].reshape(-1, FRAME_SAMPLES)
     quiet = np.quantile(np.square(frames).mean(axis=1), 0.1) if len(frames) else np.square(waveform).mean()
     return {
         "duration_s": len(waveform) / SAMPLE_RATE_HZ,
         "leading_silence_s": start / SAMPLE_RATE_HZ,
         "trailing_silence_s": (len(waveform) - stop) / SAMPLE_RATE_HZ,
-        "level_db": _decibels(np.square(waveform).mean()),
-        "bandwidth_hz": _bandwidth_hz(frequency_hz, power),
+        "level_db": decibels(np.square(waveform).mean()),
+        "bandwidth_hz": bandwidth_hz(frequency_hz, power),
         "tilt_db_per_octave": _tilt(frequency_hz, power),
-        "top_band_db": _decibels(power[frequency_hz > TOP_BAND_HZ].sum()) - _decibels(power.sum()),
-        "noise_floor_db": _decibels(quiet),
-        "dc_db": _decibels(waveform.mean() ** 2),
+        "top_band_db": decibels(power[frequency_hz > TOP_BAND_HZ].sum()) - decibels(power.sum()),
+        "noise_floor_db": decibels(quiet),
+        "dc_db": decibels(waveform.mean() ** 2),
     }
 
 
-def _decibels(power: float) -> float:
+def decibels(power: float) -> float:
+    """A power in decibels below that of full scale; -200 for none at all."""
     return float(10 * np.log10(power + _SMALLEST_POWER))
 
 
-def _mean_spectrum(waveform: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Frequencies in Hz and the mean power there."""
+def mean_spectrum(waveform: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Frequencies in Hz and the mean power there, of a waveform (n,) at 16 kHz."""
     padded = np.pad(waveform, (0, max(0, _SPECTRUM_SAMPLES - len(waveform))))
     frames = np.lib.stride_tricks.sliding_window_view(padded, _SPECTRUM_SAMPLES)[:: _SPECTRUM_SAMPLES // 2]
     power = np.square(np.abs(np.fft.rfft(frames * np.hanning(_SPECTRUM_SAMPLES)))).mean(axis=0)
     return np.fft.rfftfreq(_SPECTRUM_SAMPLES, 1 / SAMPLE_RATE_HZ), power
 
 
-def _bandwidth_hz(frequency_hz: np.ndarray, power: np.ndarray) -> float:
+def bandwidth_hz(frequency_hz: np.ndarray, power: np.ndarray) -> float:
+    """The highest frequency within 60 dB of the strongest; 0 of silence."""
     within = np.flatnonzero(power > power.max() * 10 ** (-BANDWIDTH_DB / 10))
     return float(frequency_hz[within[-1]]) if within.size else 0.0
 

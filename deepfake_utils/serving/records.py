@@ -17,6 +17,7 @@ from deepfake_utils.conventions import BONAFIDE, LABEL_NAMES, SPOOF, ConfigError
 
 TRUTHS = (LABEL_NAMES[BONAFIDE], LABEL_NAMES[SPOOF])
 WAITING, RUNNING, DONE, FAILED = "waiting", "running", "done", "failed"  # states of a job
+MAX_ATTEMPTS = 3  # at a job during which the service ended
 BUSY_S = 30.0  # how long one writer waits for another in SQLite
 
 _metadata = sa.MetaData()
@@ -54,6 +55,7 @@ jobs = sa.Table(
     sa.Column("state", sa.String(10), nullable=False, index=True),
     sa.Column("path", sa.Text, nullable=False),  # the recording until the job is done
     sa.Column("keep", sa.Boolean, nullable=False),  # it after that, too
+    sa.Column("attempts", sa.Integer, nullable=False),
     sa.Column("result", sa.JSON),
 )  # fmt: skip
 
@@ -167,9 +169,9 @@ class Records:
 
     def add_job(self, id: str, path: str | Path, *, client: str, keep: bool) -> None:
         """Take in a job whose recording is on the disk."""
-        row = {"id": id, "at": time.time(), "client": client, "state": WAITING, "path": str(path), "keep": keep}
+        row = {"id": id, "at": time.time(), "client": client, "state": WAITING, "path": str(path)}
         with self._engine.begin() as connection:
-            connection.execute(jobs.insert(), row)
+            connection.execute(jobs.insert(), row | {"keep": keep, "attempts": 0})
 
     def job(self, id: str) -> dict:
         """One job as a dictionary of the table's columns.
@@ -190,8 +192,8 @@ class Records:
             id = connection.scalar(first.with_for_update(skip_locked=True))
             if id is None:
                 return None
-            claim = jobs.update().where(jobs.c.id == id, jobs.c.state == WAITING).values(state=RUNNING)
-            if not connection.execute(claim).rowcount:
+            claim = jobs.update().where(jobs.c.id == id, jobs.c.state == WAITING)
+            if not connection.execute(claim.values(state=RUNNING, attempts=jobs.c.attempts + 1)).rowcount:
                 return None
         return self.job(id)
 
@@ -201,15 +203,21 @@ class Records:
             connection.execute(jobs.update().where(jobs.c.id == id).values(state=state, result=result))
 
     def revive_jobs(self) -> int:
-        """Let jobs wait again that were running when the service ended; returns how many."""
-        with self._engine.begin() as connection:
-            return connection.execute(jobs.update().where(jobs.c.state == RUNNING).values(state=WAITING)).rowcount
+        """Let jobs wait again that were running when the service ended; returns how many.
 
-    def n_waiting_jobs(self) -> int:
-        """Jobs that are not yet done."""
+        One that was running at several ends may have caused them: it has failed.
+        """
+        cut_off = jobs.update().where(jobs.c.state == RUNNING)
+        reason = {"title": "given up", "detail": f"the service ended {MAX_ATTEMPTS} times while this job was running"}
+        with self._engine.begin() as connection:
+            suspects = cut_off.where(jobs.c.attempts >= MAX_ATTEMPTS)
+            connection.execute(suspects.values(state=FAILED, result=reason | {"status": 500}))
+            return connection.execute(cut_off.values(state=WAITING)).rowcount
+
+    def unfinished_jobs(self) -> set[str]:
+        """Ids of the jobs that wait or run."""
         with self._engine.connect() as connection:
-            query = sa.select(sa.func.count()).where(jobs.c.state.in_((WAITING, RUNNING)))
-            return connection.scalar(query)
+            return set(connection.scalars(sa.select(jobs.c.id).where(jobs.c.state.in_((WAITING, RUNNING)))))
 
 
 def new_id() -> str:
