@@ -32,7 +32,7 @@ WITHOUT_TENSORS = {"conventions", "files", "protocols", "corpora", "evaluation",
 TENSOR_LIBRARIES = {"torch", "torchaudio"}
 DISTRIBUTIONS = {  # where the import name is another
     "sklearn": "scikit-learn", "IPython": "ipykernel", "prometheus_client": "prometheus-client",
-    "pydantic": "fastapi", "starlette": "fastapi",
+    "pydantic": "fastapi", "starlette": "fastapi", "h11": "uvicorn",
 }  # fmt: skip
 ROOMS_OF_AN_EXTRA = {"report", "notebook", "serving"}  # plots, notebooks, serve
 OPTIONAL = {  # asked for by name, with a message where it is absent
