@@ -70,7 +70,9 @@ def collect(options: argparse.Namespace) -> int:
     settings = {"licence": options.licence, "mirrors": options.mirrors, "limit_bytes": limit, "say": print}
     collecting.collect(options.folder, **settings)
     if options.synthesise:
-        collecting.synthesise(options.folder, options.synthesise, say=print)
+        collecting.synthesise(
+            options.folder, options.synthesise, engines=options.engines, mirrors=options.mirrors, say=print
+        )
         collecting.collect(options.folder, **settings)
     return DONE
 
@@ -273,13 +275,14 @@ def build_parser() -> Parser:
     command.add_argument("--limit-mb", metavar="MB", type=float, help="a small part of every split and family")
     command.add_argument("--synthesise", metavar="N", type=int, default=0,
                          help="add N clips from the speech engines installed here")  # fmt: skip
+    command.add_argument("--engines", metavar="NAME", nargs="+", default=(), help="only these of them")
     command.set_defaults(run=collect)
 
     command = commands.add_parser("train", help="train, or go on with a run", description=train.__doc__)
     command.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="folder of the run")
     command.add_argument("--data", metavar="FOLDER", type=Path, help="start a run on the corpus in this folder; "
                          "without it the run in RUN_DIR goes on")  # fmt: skip
-    command.add_argument("--recipe", choices=("paper", "short"), default="paper", help="settings to start from")
+    command.add_argument("--recipe", choices=("paper", "short", "open"), default="paper", help="settings to start from")
     command.add_argument("--set", metavar="NAME=VALUE", action="append", default=[],
                          help="change a setting of the recipe, such as epochs=5; may be repeated")  # fmt: skip
     command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")

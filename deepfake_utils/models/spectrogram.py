@@ -37,6 +37,7 @@ SCALE = 0.4  # brings the log power, natural, to a standard deviation of about 1
 class SpectrogramConfig:
     """Everything that shapes the network."""
 
+    hop_samples: int = HOP
     channels: tuple[int, ...] = (16, 32, 64)  # of each stage of two blocks
     stem_channels: int = 16
     pooled_channels: int = 64
@@ -77,7 +78,7 @@ class SpectrogramResNet(nn.Module):
     def __init__(self, config: SpectrogramConfig):
         super().__init__()
         self.config = config
-        frames = LfccConfig(window_samples=WINDOW, hop_samples=HOP, n_fft=WINDOW, pre_emphasis=0.0)
+        frames = LfccConfig(window_samples=WINDOW, hop_samples=config.hop_samples, n_fft=WINDOW, pre_emphasis=0.0)
         self.power = PowerSpectrum(frames, torch.hann_window)
         self.stem = nn.Conv2d(1, config.stem_channels, (5, 3), stride=2, padding=(2, 1), bias=False)
         self.stem_norm = nn.BatchNorm2d(config.stem_channels)

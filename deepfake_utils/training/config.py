@@ -56,6 +56,7 @@ class TrainingConfig:
     class_weights: tuple[float, float] = field(default=(0.1, 0.9), metadata={"kind": tuple})  # spoof, bona fide
     augmentation: str = _name("none", AUGMENTATIONS)
     augmentation_options: dict = _options()  # effect -> settings that replace the recipe's, or None
+    augmentation_rise: float = _number(0.0, float, 0, 1)  # of the run, in which the share augmented grows from 0 to all
     band_mask: bool = field(default=False, metadata={"kind": bool})  # mask up to 20 sinc bands (AASIST's freq_aug)
     sampling: str = _name("uniform", ("uniform", "balanced", "source"))  # see training.sampling
     selection: str = _name("eer", ("eer", "macro"))  # which dev EER decides: see training.selection
@@ -150,6 +151,24 @@ RECIPES = {
         learning_rate_min=1e-5,
         schedule="one_cycle",
         class_weights=(0.5, 0.5),
+        clip_norm=5.0,
+    ),
+    # Speech from anywhere (`collect`): the network whose weights are shipped. What tells one source's recording chain from
+    # another's is drawn alike for both classes, the labels are balanced within each source, and dev sources count alike.
+    "open": TrainingConfig(
+        model="spectrogram-resnet",
+        epochs=6,
+        batch_size=32,
+        crop_samples=2 * SAMPLE_RATE_HZ,
+        learning_rate=2e-3,
+        learning_rate_min=1e-5,
+        schedule="one_cycle",
+        class_weights=(0.5, 0.5),
+        augmentation="open",
+        augmentation_rise=0.3,
+        sampling="source",
+        selection="macro",
+        average="ema",
         clip_norm=5.0,
     ),
 }

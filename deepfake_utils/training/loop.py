@@ -222,10 +222,13 @@ def take_step(run: Run, batch: Batch) -> torch.Tensor:
 def epoch_batches(run: Run) -> Batches:
     """The rest of this epoch's batches; a function of (seed, epoch, step) and nothing else."""
     config = run.config
+    rise_steps = config.augmentation_rise * run.total_steps
+    before = run.state.epoch * run.steps_per_epoch
     return train_batches(
         run.source, run.train["label"].to_numpy(),
         batch_size=config.batch_size, n_samples=config.crop_samples, seed=config.seed, epoch=run.state.epoch,
         first_step=run.state.step, device=run.device, augment=run.augment, shard=run.world.shard,
+        augmented_share=lambda step: (before + step) / rise_steps if rise_steps else 1.0,
         weights=sampling_weights(run.train, config.sampling),
     )  # fmt: skip
 

@@ -102,6 +102,7 @@ def train_batches(
     first_step: int = 0,
     drop_last: bool = True,
     augment: Augmentation | None = None,
+    augmented_share: Callable[[int], float] = lambda step: 1.0,
     weights=None,
     shard: tuple[int, int] = (0, 1),
     prefetch: int | None = None,
@@ -118,6 +119,7 @@ def train_batches(
         first_step: the first batch to give; the batches are those of the full epoch from there on.
         drop_last: leave out an incomplete last batch.
         augment: callable (waveform (B, T), target (B,), generator on `device`) -> (waveform, target).
+        augmented_share: of the utterances of a step of the epoch, 0 to 1; the others stay as they are.
         weights: (N,) how often a row is drawn, relative to the others (with replacement; see
             `balanced_weights`). None draws every row once.
         shard: (rank, size) of a data-parallel process: it gets every size-th row of each batch. An augmentation
@@ -157,7 +159,12 @@ def train_batches(
         generator = torch.Generator(waveform.device)
         state = _entropy(seed, epoch, step, _AUGMENTATION).generate_state(1, np.uint64)
         generator.manual_seed(int(state[0]))
-        waveform, target = augment(waveform, target, generator)
+        if (share := augmented_share(step)) >= 1:
+            waveform, target = augment(waveform, target, generator)
+        else:
+            chosen = torch.rand(len(target), generator=generator, device=generator.device) < share
+            if rows := chosen.nonzero().flatten().tolist():
+                waveform[rows], target[rows] = augment(waveform[rows], target[rows], generator)
         return Batch(waveform[mine], target[mine], plan.index[mine])
 
     return Batches(source, plan, range(first_step, n_steps), finish, n_samples, device, prefetch)
