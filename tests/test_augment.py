@@ -12,6 +12,7 @@ import torch
 from torch.testing import assert_close
 
 from deepfake_utils.augment import EFFECTS, RECIPES, build_augmentation, draw_band_mask, read_recordings
+from deepfake_utils.augment import channel
 from deepfake_utils.augment import effects as fx
 from deepfake_utils.augment import rawboost as rb
 from deepfake_utils.augment.codecs import CODECS, CodecParams, apply_codec, draw_codec
@@ -264,7 +265,7 @@ def test_bits_are_drawn_with_both_ends():
     assert fx.draw_bits((500, 1), seeded(), bits=(6, 8)).unique().tolist() == [6, 7, 8]
 
 
-@pytest.mark.parametrize("name", CODECS)
+@pytest.mark.parametrize("name", ["mp3", "opus", "aac"])
 def test_a_codec_keeps_time_length_and_most_of_the_signal(name):
     waveform = speech_like(2, 16_001)
     decoded = apply_codec(waveform, CodecParams(name, torch.tensor([64, 12])))
@@ -278,12 +279,64 @@ def test_a_codec_keeps_time_length_and_most_of_the_signal(name):
     assert_close(apply_codec(waveform, CodecParams(name, torch.tensor([64, 12]))), decoded, atol=0, rtol=0)
 
 
+def test_the_telephone_codec_keeps_time_and_what_a_telephone_passes():
+    waveform = speech_like(2, 16_001)
+    decoded = apply_codec(waveform, CodecParams("amr", torch.tensor([12.2, 4.75])))
+    assert decoded.shape == waveform.shape and decoded.abs().max() <= 1
+    for original, result in zip(waveform.double().numpy(), decoded.double().numpy(), strict=True):
+        envelopes = [np.convolve(np.abs(x), np.ones(400) / 400, "same") for x in (original, result)]
+        correlation = scipy.signal.correlate(*(e - e.mean() for e in envelopes[::-1]), method="fft")
+        assert abs(scipy.signal.correlation_lags(16_001, 16_001)[correlation.argmax()]) <= 160  # 10 ms, its sub-frames
+        power = np.abs(np.fft.rfft(result)) ** 2
+        assert power[len(power) * 9 // 16 :].sum() < 0.01 * power.sum()  # above 4.5 kHz
+
+
 def test_a_codec_that_the_build_lacks_or_nobody_knows_is_named(monkeypatch):
     with pytest.raises(ConfigError, match="'aac9' is unknown: expected one of mp3, opus"):
         draw_codec((1, 1), seeded(), codec="aac9")
     monkeypatch.setattr(av, "codecs_available", {"libopus"})
     with pytest.raises(ConfigError, match="'mp3' needs the encoder libmp3lame.*pip install av"):
         draw_codec((1, 1), seeded(), codec="mp3")
+
+
+# --- channel ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_equaliser_weighs_tones_by_its_curve_and_keeps_the_power():
+    time_s = torch.arange(16_000) / 16_000
+    tones = [torch.sin(2 * torch.pi * f * time_s) for f in (500.0, 1500.0)]  # on a knot, and between two of them
+    gain_db = torch.zeros(1, len(channel.KNOTS_HZ))
+    gain_db[0, channel.KNOTS_HZ.index(500.0)], gain_db[0, channel.KNOTS_HZ.index(2000.0)] = -6.0, 12.0
+    result = channel.apply_equaliser(sum(tones)[None], gain_db)[0]
+    assert_close(result.square().mean(), sum(tones).square().mean(), rtol=1e-4, atol=0)
+    low, high = (torch.fft.rfft(result).abs()[f] for f in (500, 1500))
+    assert 20 * (high / low).log10().item() == pytest.approx(6.0 + 6.0, abs=0.01)
+
+
+def test_a_drawn_tilt_is_a_straight_line_over_octaves():
+    gain_db = channel.draw_equaliser((3, 1), seeded(), tilt_db_per_octave=(2.0, 2.0), bumps_db=(0.0, 0.0))
+    expected = [2 * np.log2(max(f, 62.5) / 1000) for f in channel.KNOTS_HZ]
+    assert_close(gain_db, torch.tensor(expected, dtype=torch.float32).expand(3, -1))
+
+
+def test_a_bandstop_takes_its_band_and_nothing_else():
+    waveform = torch.randn(2, 8000, generator=seeded())
+    params = channel.draw_bandstop(waveform.shape, seeded(), width_hz=(500.0, 500.0))
+    assert ((params.low_hz >= 0) & (params.high_hz <= 8000)).all()
+    before, after = (torch.fft.rfft(x) for x in (waveform, channel.apply_bandstop(waveform, params)))
+    frequency = torch.arange(4001) * 2.0
+    for b, a, low, high in zip(before, after, *params, strict=True):
+        inside = (frequency >= low) & (frequency <= high)
+        assert 249 <= inside.sum() <= 251
+        assert_close(a[~inside], b[~inside], atol=1e-3, rtol=0)
+        assert a[inside].abs().max() < 1e-3
+
+
+def test_a_gap_has_the_drawn_share_and_lies_within():
+    params = channel.draw_gap((200, 1000), seeded(), share=(0.2, 0.2))
+    silent = channel.apply_gap(torch.ones(200, 1000), params) == 0
+    assert ((silent.sum(1) - 200).abs() <= 1).all()
+    assert (silent.int().diff(dim=1).abs().sum(1) <= 2).all()  # in one piece
 
 
 # --- silence ---------------------------------------------------------------------------------------------------------
@@ -505,7 +558,7 @@ def test_every_recipe_and_effect(name):
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in EVERYTHING if n not in ("none", "effect trim", "effect mp3", "effect opus")]
+    "name", [n for n in EVERYTHING if n not in ("none", "effect trim", *(f"effect {c}" for c in CODECS))]
 )
 def test_utterances_of_a_batch_and_seeds_differ(name):
     waveform, target = speech_like(16, 1600), torch.ones(16)

@@ -343,6 +343,24 @@ def test_no_thread_is_left(ending):
     del kept
 
 
+def test_only_the_share_of_a_step_is_augmented(protocol):
+    def silence(waveform, target, generator):
+        return torch.zeros_like(waveform), target
+
+    source, labels = open_source(protocol, kind="files"), protocol["label"].to_numpy()
+    settings = {"batch_size": 4, "n_samples": 400, "seed": 1, "device": "cpu"}
+    share = {0: 0.0, 1: 0.5, 2: 1.0}
+    met = {step: [] for step in share}
+    for epoch in range(40):
+        plain = train_batches(source, labels, epoch=epoch, **settings)
+        augmented = train_batches(source, labels, epoch=epoch, augment=silence, augmented_share=share.get, **settings)
+        for step, before, after in zip(share, plain, augmented, strict=False):
+            silent = (after.waveform == 0).all(1)
+            assert torch.equal(after.waveform[~silent], before.waveform[~silent])
+            met[step] += silent.tolist()
+    assert not any(met[0]) and all(met[2]) and 0.35 < np.mean(met[1]) < 0.65
+
+
 def test_waiting_and_augmenting_are_told_apart():
     source = Clips(numbered(4), before=lambda row: time.sleep(0.05))
 

@@ -1,6 +1,8 @@
 """Collecting open speech: git repositories made here, and everything that can be wrong with them."""
 
 import hashlib
+import os
+import signal
 import subprocess
 import sys
 
@@ -109,6 +111,55 @@ def test_copies_are_added_as_spoofs_of_the_same_source(mirrors, tmp_path, monkey
     rows = synthesise(tmp_path / "out", 2, say=str)
     assert list(rows["label"]) == ["spoof"] * 2 and set(rows["source"]) == {"a/one"}
     assert len(collect(tmp_path / "out", mirrors=folder, sources=sources, say=str)) == 6
+
+
+def test_engines_are_chosen_by_name_and_clips_of_earlier_calls_stay(mirrors, tmp_path, monkeypatch):
+    room = sys.modules[synthesise.__module__]
+
+    def attenuated(waveform, rng):
+        return 0.5 * waveform, 16_000
+
+    folder, sources = mirrors
+    collect(tmp_path / "out", mirrors=folder, sources=sources, say=str)
+    engines = {name: room.Engine(attenuated, lambda: True, speaks=False) for name in ("one", "two")}
+    engines["absent"] = room.Engine(attenuated, lambda: False, speaks=False)
+    monkeypatch.setattr(room, "ENGINES", engines)
+    for name in ("one", "two"):
+        assert set(synthesise(tmp_path / "out", 2, engines=[name], say=str)["family"]) == {name}
+    made = pd.read_csv(tmp_path / "out" / "synthesised.csv")
+    assert sorted(made["family"]) == ["one", "one", "two", "two"] and made["path"].is_unique
+    with pytest.raises(CorpusError, match="no engine absent here: expected some of one, two"):
+        synthesise(tmp_path / "out", 2, engines=["one", "absent"], say=str)
+
+
+def test_an_engine_s_files_come_out_of_a_repository_or_are_missed_by_name(mirrors, tmp_path):
+    room = sys.modules[synthesise.__module__]
+    folder, sources = mirrors
+    row = sources.iloc[0]
+    content = room.Files(row["source"], row["commit"], (row["path"],)).read(folder)[row["path"]]
+    assert content.startswith(b"RIFF") or content.startswith(b"fLaC")
+    with pytest.raises(CorpusError, match="without models/none.tflite"):
+        room.Files(row["source"], row["commit"], ("models/none.tflite",)).read(folder)
+
+
+def test_collecting_killed_by_the_system_goes_on_and_makes_the_same_corpus(mirrors, tmp_path):
+    folder, sources = mirrors
+    whole = collect(tmp_path / "whole", mirrors=folder, sources=sources, say=str)
+    sources.to_csv(tmp_path / "sources.csv", index=False)
+    code = (
+        "import os, signal, sys, pandas as pd; from deepfake_utils.collecting import collect as c\n"
+        "room = sys.modules[c.__module__]\n"
+        "write, left = room.write_flac, [2]\n"
+        "def dying(path, samples):\n"
+        "    write(path, samples); left[0] -= 1\n"
+        "    if not left[0]: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "room.write_flac = dying\n"
+        f"c({os.fspath(tmp_path / 'out')!r}, mirrors={os.fspath(folder)!r}, "
+        f"sources=pd.read_csv({os.fspath(tmp_path / 'sources.csv')!r}, keep_default_na=False), say=str)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == -signal.SIGKILL
+    assert not (tmp_path / "out" / "manifest.csv").exists()
+    assert collect(tmp_path / "out", mirrors=folder, sources=sources, say=str).equals(whole)
 
 
 def test_the_list_keeps_families_and_speakers_in_one_split():

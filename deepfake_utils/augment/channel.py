@@ -5,7 +5,6 @@ Two halves each, as in `effects`: `draw_x` takes all the chance, `apply_x` is pu
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -39,7 +38,7 @@ def draw_equaliser(
     tilt_db_per_octave: tuple[float, float] = (-3.0, 3.0),
     bumps_db: tuple[float, float] = (-6.0, 6.0),
 ) -> Tensor:
-    """Draw each utterance's gain in dB at KNOTS_HZ, (B, 10): a tilt around 1 kHz, and a bump of its own at every knot."""
+    """Draw each utterance's gain in dB at KNOTS_HZ, (B, 10): a tilt around 1 kHz, and a bump at every knot."""
     tilt = draw_uniform(tilt_db_per_octave, (shape[0], 1), generator, "tilt_db_per_octave")
     bumps = draw_uniform(bumps_db, (shape[0], len(KNOTS_HZ)), generator, "bumps_db")
     octaves = (torch.tensor(KNOTS_HZ, device=generator.device).clamp_min(62.5) / 1000).log2()

@@ -15,7 +15,7 @@ from deepfake_utils.waveforms.decode import fit_length, to_int16
 
 
 class Codec(NamedTuple):
-    """One codec: FFmpeg's encoder, the container, usual bit rates, its rate, and the delay it does not undo by itself."""
+    """One codec: FFmpeg's encoder, the container, bit rates, its rate, and the delay it does not undo by itself."""
 
     encoder: str
     container: str
@@ -28,9 +28,8 @@ CODECS = {
     "mp3": Codec("libmp3lame", "mp3", (16, 24, 32, 48, 64)),
     "opus": Codec("libopus", "ogg", (8, 12, 16, 24, 32)),
     "aac": Codec("aac", "mp4", (16, 24, 32, 48, 64), delay_samples=1024),
-    "amr": Codec(
-        "libopencore_amrnb", "amr", (4.75, 5.9, 7.4, 12.2), rate_hz=8_000, delay_samples=79
-    ),  # of mobile telephones
+    # of mobile telephones
+    "amr": Codec("libopencore_amrnb", "amr", (4.75, 5.9, 7.4, 12.2), rate_hz=8_000, delay_samples=79),
 }
 
 

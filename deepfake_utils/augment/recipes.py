@@ -52,9 +52,9 @@ EFFECTS: dict[str, Effect] = {
 }
 
 # Effects in their order, each with the settings of its draw and the share of utterances it meets.
-# `wild` follows a recording's way: room, noise and level, then the channel. `open` goes the same way with more of it, for
-# speech from anywhere: what told the recording chain of one source from another's must not tell the label. Codecs cost
-# as much as a training step (notebooks/MEASURED.md) and are drawn rarely.
+# `wild` follows a recording's way: room, noise and level, then the channel. `open` goes the same way with more of it,
+# for speech from anywhere: what tells one source's recording chain from another's must not tell the label. Codecs cost
+# as much as a training step and are drawn rarely.
 RECIPES: dict[str, dict[str, dict]] = {
     "none": {},
     "seed": {

@@ -74,7 +74,7 @@ def synthesise(
         raise CorpusError(f"{folder} holds no manifest.csv: collect the recordings first")
     manifest = pd.read_csv(folder / "manifest.csv", dtype=str, keep_default_na=False)
     real = manifest[(manifest["label"] == "bonafide") & (manifest["split"] == "train")].reset_index(drop=True)
-    # By the root of a source's size: a large one would drown the others, and copies are to be as varied as the originals.
+    # By the root of a source's size: a large one would drown the others.
     chance = real.groupby("source")["source"].transform("size").to_numpy(float) ** -0.5
     texts, rows = _texts(), []
     present = [name for name, engine in ENGINES.items() if engine.is_here() and (engine.speaks or len(real))]

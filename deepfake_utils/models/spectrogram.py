@@ -92,6 +92,7 @@ class SpectrogramResNet(nn.Module):
         self.embed = nn.Linear(2 * config.pooled_channels, config.embedding_dim)
         self.dropout = nn.Dropout(config.dropout)
         self.output = nn.Linear(config.embedding_dim, 2)
+        self.to(memory_format=torch.channels_last)  # a training step then takes two thirds of the time
 
     @property
     def min_samples(self) -> int:

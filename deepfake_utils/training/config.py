@@ -153,11 +153,12 @@ RECIPES = {
         class_weights=(0.5, 0.5),
         clip_norm=5.0,
     ),
-    # Speech from anywhere (`collect`): the network whose weights are shipped. What tells one source's recording chain from
-    # another's is drawn alike for both classes, the labels are balanced within each source, and dev sources count alike.
+    # Speech from anywhere (`collect`): the network whose weights are shipped. Both classes go through the same random
+    # recording chains, the labels are balanced within each source, and every dev source counts alike.
     "open": TrainingConfig(
         model="spectrogram-resnet",
-        epochs=6,
+        model_options={"hop_samples": 256},
+        epochs=4,
         batch_size=32,
         crop_samples=2 * SAMPLE_RATE_HZ,
         learning_rate=2e-3,
