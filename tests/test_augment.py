@@ -11,8 +11,7 @@ import soundfile
 import torch
 from torch.testing import assert_close
 
-from deepfake_utils.augment import EFFECTS, RECIPES, build_augmentation, draw_band_mask, read_recordings
-from deepfake_utils.augment import channel
+from deepfake_utils.augment import EFFECTS, RECIPES, build_augmentation, channel, draw_band_mask, read_recordings
 from deepfake_utils.augment import effects as fx
 from deepfake_utils.augment import rawboost as rb
 from deepfake_utils.augment.codecs import CODECS, CodecParams, apply_codec, draw_codec
