@@ -23,7 +23,7 @@ from deepfake_utils.models.aasist import (
 )
 from deepfake_utils.models.aasist_transformer import AASISTTransformerConfig, positions
 from deepfake_utils.models.encoder import ResidualBlock
-from deepfake_utils.models.fast import blocks, tiling
+from deepfake_utils.models.fast import blocks, fused, tiling
 from deepfake_utils.models.fast.fused import LaterBlockTiles
 from deepfake_utils.models.layers import CMOutput
 
@@ -240,6 +240,19 @@ def test_the_first_block_on_whole_maps_as_on_a_gpu(training):
     torch.testing.assert_close(x_grad, expected_x_grad)
     for name in expected:
         torch.testing.assert_close(gradients[name], expected[name], atol=1e-9, rtol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize(("n_frames", "width", "bands_padding"), [(500, 2, 0), (500, 2, 1), (500, 1, 0), (1, 2, 1)])
+def test_both_ways_to_a_weights_gradient_give_the_same(n_frames, width, bands_padding):
+    x = torch.randn(2, 3, n_frames + 2, 9, generator=seeded(), dtype=torch.float64)
+    n_bands = 9 + 2 * bands_padding - width + 1
+    grad = torch.randn(2, 4, n_frames, n_bands, generator=seeded(), dtype=torch.float64)
+    x, grad = (value.contiguous(memory_format=torch.channels_last) for value in (x, grad))
+    weight = torch.zeros(4, 3, 3, width, dtype=torch.float64)
+    _, *expected = fused.conv_gradient(grad, x, weight, (0, bands_padding), (False, True, True))
+    found = fused.weight_gradient_by_products(grad, x, weight, bands_padding)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_threads_change_nothing(small_tiles):
