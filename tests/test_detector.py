@@ -15,7 +15,8 @@ from deepfake_utils.conventions import AudioError, CheckpointError, ConfigError
 from deepfake_utils.evaluation.calibration import Use
 from deepfake_utils.models.layers import CMOutput
 from deepfake_utils.scoring import speech
-from deepfake_utils.scoring.detector import Detector, stretches
+from deepfake_utils.scoring.detector import Detector
+from deepfake_utils.scoring.pooling import stretches
 from deepfake_utils.scoring.windows import HOP_SAMPLES, WindowCutter
 
 CALIBRATED = {
@@ -132,6 +133,17 @@ def test_a_fake_stretch_in_a_real_recording_is_named(loud_is_speech):
     [(start, end)] = stretches(verdict.windows, -2.0)
     assert 38 < start < 42 and 46 < end < 50
     assert f"parts of it sound fake: {start:.1f} to {end:.1f} s" in verdict.warnings[0]
+
+
+def test_the_weights_say_how_windows_are_pooled_and_what_is_marked(loud_is_speech):
+    recording = np.concatenate([level(4.0375, 0.05), level(4.0375, 0.01)])  # log-odds 6, 4 and 2
+    facts = CALIBRATED | {"pooling": {"name": "quantile", "share": 0.5, "slope": 2.0, "offset": -1.0}}
+    facts |= {"marks": {"below": 5.0, "rule": "all"}}
+    verdict = detector(facts)(recording, 16_000)
+    assert verdict.log_odds == pytest.approx(7.0, abs=1e-4)
+    [(start, end)] = verdict.fake_stretches
+    assert (start, end) == pytest.approx((4.0375, 8.075), abs=0.01)  # what only windows below 5 cover
+    assert "parts of it sound fake" in verdict.warnings[0]
 
 
 def test_uncalibrated_weights_give_a_logit_and_neither_probability_nor_verdict(loud_is_speech):

@@ -143,3 +143,10 @@ def split_by_speaker(trials: pd.DataFrame, seed: int) -> tuple[pd.DataFrame, pd.
     chosen = np.random.default_rng(seed).permutation(np.unique(groups))
     first = pd.Series(groups).isin(chosen[: len(chosen) // 2]).to_numpy()
     return trials[first].reset_index(drop=True), trials[~first].reset_index(drop=True)
+
+
+def source_of(trials: pd.DataFrame) -> pd.Series:
+    """What trials rise and fall together with: their source where the corpus names it, else speaker or attack."""
+    if "source" in trials:
+        return trials["source"].astype(str)
+    return trials["attack"].where(trials["label"] == SPOOF, trials["speaker"]).astype(str)

@@ -6,7 +6,8 @@
     stream = detector.stream(8000)           live audio, the same numbers
 
 A recording is looked at in windows of 4.04 s, a new one every 2.02 s, wherever they hold speech (see `windows`); its
-score is the mean over its windows. Without speech there is no verdict: a number would be a wrong answer.
+score is pooled over its windows, and the stretches of it that sound fake are marked (see `pooling`). Without speech
+there is no verdict: a number would be a wrong answer.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,10 +28,12 @@ from tqdm.auto import tqdm
 from deepfake_utils.conventions import BONAFIDE, SAMPLE_RATE_HZ, SPOOF, AudioError, CheckpointError, ConfigError
 from deepfake_utils.evaluation.calibration import PRESETS, Use, threshold_for
 from deepfake_utils.scoring.engine import pick_engine
+from deepfake_utils.scoring.pooling import MEAN, pool, stretches
 from deepfake_utils.scoring.published import PUBLISHED, recognise
 from deepfake_utils.scoring.score import SCORING_BATCH, find_audio, score_crops
 from deepfake_utils.scoring.speech import FALLBACK, is_by_loudness
 from deepfake_utils.scoring.stream import Stream
+from deepfake_utils.scoring.verdict import Judged, Verdict, verdict_row
 from deepfake_utils.scoring.weights import read_companion, weights_file
 from deepfake_utils.scoring.windows import MIN_SPEECH_S, FirstWindow, Window, WindowCutter
 from deepfake_utils.waveforms.decode import iter_audio
@@ -38,10 +41,6 @@ from deepfake_utils.waveforms.decode import iter_audio
 SHIPPED = Path(__file__).parents[1] / "assets" / "open.safetensors"
 LOG_ODDS = "log-odds of real speech (natural logarithm, at even odds), higher is more real"
 
-ROW_COLUMNS = (
-    "path", "verdict", "reason", "score", "log_odds", "probability_fake", "prior_fake", "use", "speech_s", "duration_s",
-    "looked_at", "n_windows", "logit_spoof", "logit_bonafide", "warnings",
-)  # fmt: skip
 UNCALIBRATED = "these weights are not calibrated: their scores have no threshold and no probability, only an order"
 
 # What a detector is used for, by the word given to --use -> how common fakes are there, and what errors cost.
@@ -51,93 +50,6 @@ USES = {
     "forensic": PRESETS["forensic triage"],
 }
 NO_USE = Use(0.5, 1, 1, "No use was named: fake and real are taken as equally likely, both errors as equally bad.")
-
-
-@dataclass(frozen=True)
-class Judged:
-    """One window of a recording. `log_odds` is None where the weights are not calibrated."""
-
-    start_s: float
-    end_s: float
-    speech_s: float | None
-    logit_spoof: float
-    logit_bonafide: float
-    log_odds: float | None
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What a detector says of one recording.
-
-    Attributes:
-        path: the recording, or None for a waveform or stream.
-        verdict: "real", "fake", "uncertain", or "no verdict"; `reason` says why in a sentence.
-        score: the mean over the windows of what `score_meaning` says; None without a verdict for want of speech.
-        log_odds: the same where it is calibrated, else None.
-        probability_fake: that the recording is fake, where a share of `prior_fake` of such recordings is; None where
-            the score is not calibrated.
-        use: what the verdict is for; it sets the prior, and the threshold (log-odds) from which on a recording
-            passes as real.
-        speech_s: speech found, in seconds; None where it was not looked for.
-        duration_s: the length of the recording, in seconds.
-        looked_at: share of the recording that lies in judged windows.
-        windows: the judged windows in order; `timeline` is the same as a table.
-        warnings: what speaks against believing the verdict.
-        engine: what computed it.
-    """
-
-    path: str | None
-    verdict: str
-    reason: str
-    score: float | None
-    score_meaning: str
-    log_odds: float | None
-    probability_fake: float | None
-    prior_fake: float
-    use: str
-    threshold: float
-    speech_s: float | None
-    duration_s: float
-    looked_at: float
-    windows: tuple[Judged, ...]
-    warnings: tuple[str, ...]
-    engine: str
-
-    @property
-    def timeline(self) -> pd.DataFrame:
-        """One row a judged window: start_s, end_s, speech_s, logit_spoof, logit_bonafide, log_odds."""
-        return pd.DataFrame([vars(window) for window in self.windows], columns=list(Judged.__dataclass_fields__))
-
-    @property
-    def row(self) -> dict:
-        """The verdict as one row of `Detector.score`."""
-        logits = np.array([(w.logit_spoof, w.logit_bonafide) for w in self.windows]).reshape(-1, 2)
-        spoof, bonafide = logits.mean(axis=0).tolist() if len(logits) else (None, None)
-        computed = {"n_windows": len(self.windows), "logit_spoof": spoof, "logit_bonafide": bonafide}
-        computed["warnings"] = "; ".join(self.warnings)
-        return {name: computed[name] if name in computed else getattr(self, name) for name in ROW_COLUMNS}
-
-    def __str__(self) -> str:
-        odds = "" if self.probability_fake is None else f", probability of fake {describe_probability(self)}"
-        return f"{self.path or 'recording'}: {self.verdict}{odds}. {self.reason}"
-
-
-def describe_probability(verdict: Verdict) -> str:
-    """A probability with the prior it assumes, as in `97 % (if 50 % are fake)`."""
-    return f"{_percent(verdict.probability_fake)} (if {_percent(verdict.prior_fake)} are fake)"
-
-
-def _percent(share: float) -> str:
-    """A share in percent, with as many digits as its distance from 0 and 100 needs.
-
-    >>> _percent(0.5), _percent(0.001), _percent(0.99996), _percent(1e-9)
-    ('50 %', '0.1 %', '> 99.9 %', '< 0.1 %')
-    """
-    if share < 0.001:
-        return "< 0.1 %"
-    if share > 0.999:
-        return "> 99.9 %"
-    return f"{100 * share:.{0 if 0.0995 < share < 0.9 else 1}f} %"
 
 
 class Detector:
@@ -150,6 +62,8 @@ class Detector:
         engine: what computes, and why it was chosen.
         warnings: what speaks against believing any verdict of these weights.
         whole: whether recordings are looked at as a whole.
+        threshold, uncertain: log-odds from which on a recording passes as real, and (low, high) between which the
+            verdict is "uncertain".
     """
 
     def __init__(
@@ -161,7 +75,8 @@ class Detector:
         self._calibration = facts.get("calibration")
         self.threshold = float(facts.get("thresholds", {}).get(self.use, threshold_for(self.costs)))
         band = facts.get("uncertain_log_odds") if use is None else None
-        self._uncertain = band or (self.threshold, self.threshold)
+        self.uncertain = tuple(band or (self.threshold, self.threshold))
+        self._pooling, self._marks = facts.get("pooling", MEAN), {"below": self.uncertain[0]} | facts.get("marks", {})
         self.score_meaning = LOG_ODDS if self._calibration else facts["score"]
         self.warnings = _warnings(facts, whole)
 
@@ -257,15 +172,20 @@ class Detector:
             rows = [verdict_row(path, verdict) for path, verdict in zip(files, bar, strict=True)]
         return pd.DataFrame(rows)
 
-    def verdicts(self, paths: Iterable[Path]) -> Iterator[Verdict | AudioError]:
-        """The verdict on each recording, or what keeps it from being read, in order and as soon as it is known."""
+    def verdicts(self, recordings: Iterable[Path | np.ndarray]) -> Iterator[Verdict | AudioError]:
+        """The verdict on each recording, or what keeps it from being read, in order and as soon as it is known.
+
+        Args:
+            recordings: files, or waveforms (n,) float32 at 16 kHz in [-1, 1]; made ahead of the model by a thread.
+        """
         judged: list[Judged] = []
 
         def pieces() -> Iterator[tuple[object, np.ndarray | None]]:
-            for path in paths:
+            for recording in recordings:
                 cutter, notes = self.cutter(), []
+                path = None if isinstance(recording, np.ndarray) else str(recording)
                 try:
-                    for block in iter_audio(path, notes=notes):
+                    for block in [recording] if path is None else iter_audio(recording, notes=notes):
                         yield from ((window, window.waveform) for window in cutter.push(block))
                     yield from ((window, window.waveform) for window in cutter.finish())
                 except AudioError as error:
@@ -283,7 +203,7 @@ class Detector:
                     yield thing
                     continue
                 path, cutter, notes = thing
-                yield self.sum_up(windows, cutter, str(path), notes)
+                yield self.sum_up(windows, cutter, path, notes)
 
     def stream(self, sample_rate_hz: int) -> Stream:
         """Live audio: push chunks of any size, get the windows they complete; see `Stream`.
@@ -323,12 +243,14 @@ class Detector:
         if not all(math.isfinite(w.logit_spoof) and math.isfinite(w.logit_bonafide) for w in windows):
             return replace(verdict, reason="the weights give a score that is not a finite number: check them")
         if not self._calibration:
-            score = float(np.mean([w.logit_bonafide for w in windows]))
+            score = pool([w.logit_bonafide for w in windows])
             return replace(verdict, score=score, reason=f"score {score:+.2f} ({self.score_meaning}); {UNCALIBRATED}")
-        return self._decide(verdict, float(np.mean([w.log_odds for w in windows])))
+        scale = {"slope": 1.0, "offset": 0.0} | self._pooling
+        pooled = pool([w.log_odds for w in windows], self._pooling)
+        return self._decide(verdict, scale["slope"] * pooled + scale["offset"])
 
     def _decide(self, verdict: Verdict, log_odds: float) -> Verdict:
-        low, high = self._uncertain
+        low, high = self.uncertain
         word = "uncertain" if low <= log_odds < high else "real" if log_odds >= high else "fake"
         probability = float(expit(-(log_odds + math.log(1 / self.costs.p_spoof - 1))))
         odds = f"log-odds {log_odds:+.1f}"
@@ -340,33 +262,14 @@ class Detector:
         verdict = replace(
             verdict, verdict=word, score=log_odds, log_odds=log_odds, probability_fake=probability, reason=reason
         )
-        fakes = stretches(verdict.windows, low)
+        fakes = tuple(stretches(verdict.windows, **self._marks))
+        verdict = replace(verdict, fake_stretches=fakes)
         if word != "fake" and fakes:
             where = ", ".join(f"{start:.1f} to {end:.1f} s" for start, end in fakes[:5])
             more = f" and {len(fakes) - 5} more" if len(fakes) > 5 else ""
             note = f"parts of it sound fake: {where}{more}"
             verdict = replace(verdict, warnings=(note, *verdict.warnings))
         return verdict
-
-
-def stretches(windows: Iterable[Judged], below: float) -> list[tuple[float, float]]:
-    """(start_s, end_s) of parts of a recording whose windows have log-odds below a bound, joined where they touch."""
-    found: list[tuple[float, float]] = []
-    for window in windows:
-        if window.log_odds is None or window.log_odds >= below:
-            continue
-        if found and window.start_s <= found[-1][1]:
-            found[-1] = (found[-1][0], window.end_s)
-        else:
-            found.append((window.start_s, window.end_s))
-    return found
-
-
-def verdict_row(path: Path, verdict: Verdict | AudioError) -> dict:
-    """One row of `Detector.score`, also for a recording that cannot be read."""
-    if isinstance(verdict, Verdict):
-        return verdict.row
-    return {"path": str(path), "verdict": "unreadable", "reason": str(verdict), "warnings": ""}
 
 
 def _warnings(facts: dict, whole: bool) -> tuple[str, ...]:

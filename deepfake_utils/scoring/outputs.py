@@ -24,7 +24,8 @@ from deepfake_utils.conventions import AudioError, ConfigError
 from deepfake_utils.evaluation.calibration import Use
 from deepfake_utils.evaluation.scorefile import companion_path
 from deepfake_utils.files import atomic_write
-from deepfake_utils.scoring.detector import ROW_COLUMNS, Detector, Judged, Verdict, describe_probability, verdict_row
+from deepfake_utils.scoring.detector import Detector
+from deepfake_utils.scoring.verdict import ROW_COLUMNS, Judged, Verdict, describe_probability, verdict_row
 
 SCORE_COLUMNS = ("path", "score", "logit_spoof", "logit_bonafide", "duration_s")
 TIMELINE_COLUMNS = ("path", *Judged.__dataclass_fields__)
@@ -186,6 +187,7 @@ class Outputs:
         self._print(table_line(row, verdict, self._known_warnings))
         windows = [_plain(vars(window)) for window in getattr(verdict, "windows", ())]
         lists = {"warnings": list(getattr(verdict, "warnings", ())), "windows": windows}
+        lists["fake_stretches_s"] = list(getattr(verdict, "fake_stretches", ()))
         pieces = {
             "csv": _csv_line(row.get(name) for name in ROW_COLUMNS),
             "json": ("," if self._n("json") else "") + "\n" + json.dumps(_plain(row) | lists),
