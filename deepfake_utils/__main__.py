@@ -1,4 +1,4 @@
-"""The command line: `python -m deepfake_utils find | collect | train | score | evaluate | export | serve`.
+"""The command line: `python -m deepfake_utils find | collect | train | calibrate | score | evaluate | export | serve`.
 
 Exit codes: 0 done; 1 done except for recordings that could not be read, each named on standard error;
 2 bad input, said in one line; 130 interrupted.
@@ -102,6 +102,19 @@ def train(options: argparse.Namespace) -> int:
     if os.environ.get("RANK", "0") == "0":
         jobs.write_job(options.run_dir, *protocols, config)
     fit(*protocols, options.run_dir, config, device=options.device, say=print)  # other ranks need not see the job
+    return DONE
+
+
+def calibrate(options: argparse.Namespace) -> int:
+    """Fit on the dev split all that turns scores of weights into decisions, and write it into the JSON beside them.
+
+    Calibration, pooling of windows, thresholds of the uses, marks of fake stretches; judged on the eval split.
+    """
+    from deepfake_utils import corpora
+    from deepfake_utils.scoring.calibrate import calibrate as fit
+
+    corpus = corpora.find_corpora(options.data)[0]
+    fit(options.weights, corpus.protocol("dev"), corpus.protocol("eval"), n_hosts=options.hosts, most=options.most)
     return DONE
 
 
@@ -258,7 +271,7 @@ def build_parser() -> Parser:
         prog="python -m deepfake_utils", description="Detect AI-generated speech: corpora, scores, figures."
     )
     commands = parser.add_subparsers(
-        required=True, metavar="find | collect | train | score | evaluate | export | serve", parser_class=Parser
+        required=True, metavar="find | collect | train | calibrate | score | evaluate | export | serve", parser_class=Parser
     )
 
     command = commands.add_parser("find", help="list the corpora in folders", description=find.__doc__)
@@ -287,6 +300,15 @@ def build_parser() -> Parser:
                          help="change a setting of the recipe, such as epochs=5; may be repeated")  # fmt: skip
     command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     command.set_defaults(run=train)
+
+    command = commands.add_parser("calibrate", help="fit thresholds on dev, judge them on eval",
+                                  description=calibrate.__doc__)  # fmt: skip
+    command.add_argument("weights", metavar="WEIGHTS", type=Path, help="a .safetensors or .onnx file with its JSON")
+    command.add_argument("--data", metavar="FOLDER", type=Path, required=True, help="corpus with dev and eval splits")
+    command.add_argument("--hosts", metavar="N", type=int, default=40, help="real recordings that fakes are spliced "
+                         "into, a split; 0 leaves pooling and marks as they are")  # fmt: skip
+    command.add_argument("--most", metavar="N", type=int, default=60, help="recordings of each source and label")
+    command.set_defaults(run=calibrate)
 
     command = commands.add_parser("score", help="say which recordings are real and which are fake",
                                   description=score.__doc__)  # fmt: skip

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepfake_utils.conventions import ConfigError, CorpusError
-from deepfake_utils.probing.splices import Spliced, found, judge, splice, spliced_recordings, window_eers, window_table
 from deepfake_utils.scoring.pooling import pool, stretches
+from deepfake_utils.scoring.splices import Spliced, found, judge, splice, spliced_recordings, window_eers, window_table
 from deepfake_utils.scoring.verdict import Judged
 from tests.test_detector import detector, loud_is_speech  # noqa: F401  a fixture
 

@@ -136,6 +136,7 @@ def fit_calibration(
     *,
     prior: float = 0.5,
     fitted_on: str = "",
+    weights: ArrayLike | None = None,
 ) -> Calibration:
     """Fit the map from scores to LLRs on labelled trials (dev; never the trials it will be judged on).
 
@@ -144,6 +145,7 @@ def fit_calibration(
     prior: probability of bona fide at which the fit is best, in (0, 1); trials are weighted so that the
     classes have it, whatever their numbers.
     fitted_on: name of the corpus, kept with the result and compared when it is used.
+    weights: (n,) what each trial counts beside the others of its class, > 0; None: all alike.
     Raises ScoreError on bad trials, ConfigError on bad settings; warns of scores that point the wrong way.
 
     Two unit Gaussians at 0 and 2 have llr = 2 s - 2:
@@ -171,7 +173,9 @@ def fit_calibration(
             )
     n_bonafide, n_spoof = int(labels.sum()), int((1 - labels).sum())
     targets = np.where(labels == 1, (n_bonafide + 1) / (n_bonafide + 2), 1 / (n_spoof + 2))  # Platt 1999
-    weights = np.where(labels == 1, prior / n_bonafide, (1 - prior) / n_spoof)
+    weights = np.ones(len(labels)) if weights is None else np.asarray(weights, dtype=np.float64)
+    of_class = np.bincount(labels, weights)
+    weights = weights * np.where(labels == 1, prior / of_class[1], (1 - prior) / of_class[0])
     about = {"method": method, "prior": prior, "fitted_on": fitted_on}
     about |= {"n_bonafide": n_bonafide, "n_spoof": n_spoof}
     if method == "logistic":

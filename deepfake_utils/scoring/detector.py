@@ -74,7 +74,8 @@ class Detector:
         self.use, self.costs = _named_use(use)
         self._calibration = facts.get("calibration")
         self.threshold = float(facts.get("thresholds", {}).get(self.use, threshold_for(self.costs)))
-        band = facts.get("uncertain_log_odds") if use is None else None
+        bands = facts.get("uncertain", {})  # of each use; the one without is spelt out
+        band = facts.get("uncertain_log_odds") if use is None else bands.get(self.use)
         self.uncertain = tuple(band or (self.threshold, self.threshold))
         self._pooling, self._marks = facts.get("pooling", MEAN), {"below": self.uncertain[0]} | facts.get("marks", {})
         self.score_meaning = LOG_ODDS if self._calibration else facts["score"]

@@ -1,0 +1,268 @@
+"""Calibrate weights: what stands between a trained network and a detector that decides, fitted on dev in one go.
+
+    windows      logit difference -> log-odds, a logistic regression on the windows of whole recordings
+    pooling      of `pooling.TRIED`, the one that errs least on dev's recordings and on splices made from them
+    recordings   pooled log-odds -> log-odds of the recording, a second logistic regression
+    thresholds   for no use and for each of `USES`, with the band where they are uncertain (`evaluation.uses`)
+    marks        how stretches are marked: the rule that finds most of the fake time when 5 % of the real time is marked
+
+Sources and labels count alike throughout. Nothing is fitted on eval; it is judged there, and the figures go along.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from tqdm.auto import tqdm
+
+from deepfake_utils.conventions import BONAFIDE, SPOOF, AudioError, CheckpointError
+from deepfake_utils.corpora.division import source_of
+from deepfake_utils.evaluation import uses
+from deepfake_utils.evaluation.calibration import fit_calibration
+from deepfake_utils.files import atomic_write
+from deepfake_utils.scoring import splices
+from deepfake_utils.scoring.detector import USES, Detector
+from deepfake_utils.scoring.pooling import TRIED, describe, pool
+from deepfake_utils.scoring.verdict import Judged
+from deepfake_utils.scoring.weights import read_companion, weights_file
+from deepfake_utils.waveforms.decode import read_audio
+
+REAL_MARKED = 0.05  # share of the real time of dev's splices that may be marked as fake
+RULES = ("any", "mean", "all")
+UNDECIDED = 0.1  # without a use, of real below the band and of fakes above it, on dev
+
+Windows = Sequence[Judged]
+
+
+def calibrate(
+    weights: str | os.PathLike,
+    dev: pd.DataFrame,
+    evaluation: pd.DataFrame | None = None,
+    *,
+    n_hosts: int = 40,
+    most: int = 60,
+    seed: int = 0,
+    say: Callable[[str], None] = print,
+) -> dict:
+    """Fit on dev all that turns the logits of weights into decisions, and write it into the JSON beside them.
+
+    Args:
+        weights: a .safetensors or .onnx file with its JSON.
+        dev, evaluation: protocols; what is fitted on dev is judged on evaluation, if that is given.
+        n_hosts: hosts of splices a split (see `splices`); 0 leaves pooling and marks as they are.
+        most: recordings of each source and label that are looked at.
+        say: where lines of text go.
+
+    Returns:
+        What was written: calibration, pooling, marks, uncertain_log_odds, thresholds, uncertain, decisions (figures).
+
+    Raises:
+        CheckpointError: the weights have no JSON to write into.
+        AudioError, CorpusError, ScoreError: recordings cannot be read, or are of one label only.
+    """
+    path = weights_file(weights)
+    known = read_companion(path)
+    if not known:
+        raise CheckpointError(f"{path} has no {path.stem}.json beside it, which what is fitted would be written into")
+    detector = Detector.load(path)
+    trials = {name: part for name, part in (("dev", dev), ("eval", evaluation)) if part is not None}
+    judged = {
+        name: judge_protocol(detector, part, most=most, seed=seed, progress=name) for name, part in trials.items()
+    }
+    facts = {"calibration": fit_windows(judged["dev"])}
+    judged = {name: [(row, calibrated(w, facts["calibration"])) for row, w in part] for name, part in judged.items()}
+    spliced = {}
+    for name, part in trials.items() if n_hosts else ():
+        material = splices.judge(detector, splices.spliced_recordings(part, n_hosts, seed=seed))
+        spliced[name] = [(recording, calibrated(w, facts["calibration"])) for recording, w in material]
+    tried = {name: pooling_table(judged[name], spliced.get(name, ())) for name in judged}
+    best = tried["dev"]["together"].to_numpy().argmin() if n_hosts else None
+    pooling = TRIED[best] if n_hosts else known.get("pooling", TRIED[0])
+    facts |= fit_recordings(judged["dev"], pooling)
+    facts["decisions"] = {"pooling_tried": {name: table.to_dict("records") for name, table in tried.items()}}
+    facts["decisions"]["uses"] = {name: judge_uses(judged[name], facts) for name in judged}
+    if n_hosts:
+        facts["marks"] = fit_marks(spliced["dev"])
+        facts["decisions"]["splices"] = {name: describe_splices(part, facts["marks"]) for name, part in spliced.items()}
+    with atomic_write(path.with_suffix(".json")) as part:
+        part.write_text(json.dumps(known | facts, indent=2) + "\n", encoding="utf-8")
+    say(summary(facts))
+    return facts
+
+
+def judge_protocol(
+    detector: Detector,
+    protocol: pd.DataFrame,
+    *,
+    most: int = 60,
+    change: Callable[[np.ndarray, int], np.ndarray] | None = None,
+    seed: int = 0,
+    progress: str | None = None,
+) -> list[tuple[dict, Windows]]:
+    """The windows of a protocol's recordings, `most` of each source and label; those without speech are left out.
+
+    Args:
+        change: what is done to each recording before, (samples, its number) -> samples; None leaves it.
+
+    Returns:
+        ({utterance, label, source}, windows) of each recording.
+
+    Raises:
+        AudioError: a recording cannot be read.
+    """
+    trials = protocol.assign(source=source_of(protocol)).sample(frac=1, random_state=seed)
+    trials = trials.groupby(["source", "label"]).head(most).sort_index()
+    rows = trials[["utterance", "label", "source"]].to_dict("records")
+
+    def recordings() -> Iterator:
+        for number, path in enumerate(trials["path"]):
+            yield Path(path) if change is None else change(read_audio(path, notes=[]), number)
+
+    judged = []
+    bar = tqdm(detector.verdicts(recordings()), progress, len(rows), unit="file", disable=not progress, leave=False)
+    for row, verdict in zip(rows, bar, strict=True):
+        if isinstance(verdict, AudioError):
+            raise verdict
+        if verdict.windows:
+            judged.append((row, verdict.windows))
+    return judged
+
+
+def fit_windows(judged: Iterable[tuple[dict, Windows]]) -> dict:
+    """Slope and offset from logit differences of windows to log-odds; sources and labels count alike."""
+    table = _recordings(judged)
+    weights = uses.balanced_weights(table["label"], table["source"])
+    n_windows = table["windows"].map(len).to_numpy()
+    differences = [w.logit_bonafide - w.logit_spoof for windows in table["windows"] for w in windows]
+    labels, weights = np.repeat(table["label"], n_windows), np.repeat(weights / n_windows, n_windows)
+    fitted = fit_calibration(differences, labels, weights=weights)
+    return {"slope": fitted.slopes[0], "offset": fitted.intercept}
+
+
+def calibrated(windows: Windows, scale: dict) -> tuple[Judged, ...]:
+    """The same windows with log-odds of this slope and offset."""
+    return tuple(
+        replace(w, log_odds=scale["slope"] * (w.logit_bonafide - w.logit_spoof) + scale["offset"]) for w in windows
+    )
+
+
+def pooling_table(judged: Iterable[tuple[dict, Windows]], spliced: Iterable[tuple[splices.Spliced, Windows]]):
+    """EERs of every pooling tried: of recordings (sources balanced), of splices against controls, and their mean."""
+    table, rows = _recordings(judged), []
+    weights = uses.balanced_weights(table["label"], table["source"])
+    parts = [(r.kind != "fake", windows) for r, windows in spliced if r.kind != "host" and windows]
+    is_real = np.array([real for real, _ in parts], int)
+    for pooling in TRIED:
+        recordings = [_pooled(windows, pooling) for windows in table["windows"]]
+        row = {"pooling": describe(pooling), "recordings": uses.balanced_eer(recordings, table["label"], weights)}
+        if parts:
+            row["splices"] = uses.balanced_eer([_pooled(windows, pooling) for _, windows in parts], is_real)
+            row["together"] = (row["recordings"] + row["splices"]) / 2
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def fit_recordings(judged: Iterable[tuple[dict, Windows]], pooling: dict) -> dict:
+    """Pooling with its scale, the uncertain band without a use, thresholds and bands of all uses."""
+    table = _recordings(judged)
+    pooled = np.array([_pooled(windows, pooling) for windows in table["windows"]])
+    weights = uses.balanced_weights(table["label"], table["source"])
+    fitted = fit_calibration(pooled, table["label"], weights=weights)
+    log_odds = fitted.llr(pooled)
+    names = {name: pooling[name] for name in ("name", "share", "temperature") if name in pooling}
+    of = {label: table["label"].to_numpy() == label for label in (BONAFIDE, SPOOF)}
+    low = _quantile(log_odds[of[BONAFIDE]], weights[of[BONAFIDE]], UNDECIDED)
+    high = _quantile(log_odds[of[SPOOF]], weights[of[SPOOF]], 1 - UNDECIDED)
+    band = [low, high] if low < high else [(low + high) / 2] * 2
+    thresholds = {
+        name: uses.fit_threshold(log_odds, table["label"], table["source"], use) for name, use in USES.items()
+    }
+    return {
+        "pooling": names | {"slope": fitted.slopes[0], "offset": fitted.intercept},
+        "uncertain_log_odds": band,
+        "thresholds": {name: fit.threshold for name, fit in thresholds.items()},
+        "uncertain": {name: [fit.low, fit.high] for name, fit in thresholds.items()},
+    }
+
+
+def recording_log_odds(judged: Iterable[tuple[dict, Windows]], pooling: dict) -> pd.DataFrame:
+    """utterance, label, source and log_odds of each recording."""
+    table = _recordings(judged)
+    pooled = np.array([_pooled(windows, pooling) for windows in table["windows"]])
+    return table.assign(log_odds=pooling.get("slope", 1.0) * pooled + pooling.get("offset", 0.0))
+
+
+def judge_uses(judged: Iterable[tuple[dict, Windows]], facts: dict) -> dict:
+    """What the thresholds of all uses cost on these recordings, see `uses.judge_threshold`."""
+    table = recording_log_odds(judged, facts["pooling"])
+    trials = (table["log_odds"], table["label"], table["source"])
+    return {
+        name: uses.judge_threshold(
+            *trials, use, uses.FittedThreshold(facts["thresholds"][name], *facts["uncertain"][name])
+        )
+        for name, use in USES.items()
+    }
+
+
+def fit_marks(spliced: Sequence[tuple[splices.Spliced, Windows]]) -> dict:
+    """The rule and bound of log-odds that find most of the fake time where 5 % of the real time is marked."""
+    values = np.unique([w.log_odds for _, windows in spliced for w in windows])
+    best = {}
+    for rule in RULES:
+        low, high = 0, len(values) - 1
+        while low < high:  # what is marked grows with the bound
+            middle = (low + high + 1) // 2
+            marked = splices.found(spliced, float(values[middle]), rule).iloc[-1]["real_marked"]
+            low, high = (middle, high) if marked <= REAL_MARKED else (low, middle - 1)
+        share = splices.found(spliced, float(values[low]), rule).iloc[-1]["fake_found"]
+        best[rule] = (share, float(values[low]))
+    rule = max(best, key=best.get)
+    return {"below": best[rule][1], "rule": rule}
+
+
+def describe_splices(spliced: Sequence[tuple[splices.Spliced, Windows]], marks: dict) -> list[dict]:
+    """One row a length of insert: EER of windows, share of the fake time found and of the real time marked."""
+    marked = splices.found(spliced, marks["below"], marks["rule"])
+    return splices.window_eers(spliced).merge(marked, on="insert_s", how="right").to_dict("records")
+
+
+def summary(facts: dict) -> str:
+    """The fitted decisions and their figures, for a terminal."""
+    lines = [f"pooling  {describe(facts['pooling'])}; calibration slope {facts['calibration']['slope']:.3f}, "
+             f"offset {facts['calibration']['offset']:+.3f}"]  # fmt: skip
+    for split, table in facts["decisions"]["pooling_tried"].items():
+        lines += [f"EER {split}: " + "; ".join(
+            f"{row['pooling']} " + ", ".join(f"{k} {100 * v:.1f} %" for k, v in row.items() if k != "pooling")
+            for row in table
+        )]  # fmt: skip
+    for split, table in facts["decisions"]["uses"].items():
+        for name, row in table.items():
+            lines.append(
+                f"{split} {name}: threshold {row['threshold']:+.2f} ({row['uncertain'][0]:+.2f} to "
+                f"{row['uncertain'][1]:+.2f}), real rejected {100 * row['real_rejected']:.1f} %, fake accepted "
+                f"{100 * row['fake_accepted']:.1f} %, cost {row['cost']:.4g} of {row['blind']:.4g}"
+            )
+    for split, rows in facts["decisions"].get("splices", {}).items():
+        lines += [f"{split} inserts of {row['insert_s']} s: EER {100 * row['eer']:.1f} %, fake time found "
+                  f"{100 * row['fake_found']:.1f} %, real time marked {100 * row['real_marked']:.1f} %"
+                  for row in rows]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _recordings(judged: Iterable[tuple[dict, Windows]]) -> pd.DataFrame:
+    return pd.DataFrame([row | {"windows": windows} for row, windows in judged])
+
+
+def _pooled(windows: Windows, pooling: dict) -> float:
+    return pool([w.log_odds for w in windows], pooling)
+
+
+def _quantile(values: np.ndarray, weights: np.ndarray, share: float) -> float:
+    order = np.argsort(values)
+    return float(np.interp(share, np.cumsum(weights[order]) - weights[order] / 2, values[order]))
