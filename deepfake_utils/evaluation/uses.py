@@ -138,6 +138,15 @@ def judge_threshold(
     }
 
 
+def cost_curve(log_odds: ArrayLike, labels: ArrayLike, sources: ArrayLike, use: Use) -> tuple[np.ndarray, np.ndarray]:
+    """Thresholds (k,) at and between all log-odds, and the expected cost (k,) of deciding at each."""
+    log_odds, labels = check_trials(log_odds, labels)
+    values = np.unique(log_odds)
+    grid = np.r_[values, np.nextafter(values[-1], np.inf)]
+    sums = _by_source((log_odds[:, None] < grid[None]).astype(float), labels, sources)
+    return grid, _cost(*_rates(sums, np.ones(len(sums[0]))), use)
+
+
 def _cost(miss: np.ndarray, fa: np.ndarray, use: Use) -> np.ndarray:
     return (1 - use.p_spoof) * use.cost_miss * miss + use.p_spoof * use.cost_fa * fa
 

@@ -19,6 +19,7 @@ FALLBACK = (
     "speech was looked for by loudness alone, which music and noise pass too: "
     "pip install onnxruntime 'silero-vad>=6.2.3' for a detector of speech"
 )
+_AUDIBLE_DB = -70.0  # below full scale: what is quieter is no speech, and the network is not asked
 _CONTEXT_SAMPLES = 64  # of the frame before, which the network sees again
 _MAX_FRAMES = 512  # a call: 16 s, some 10 MB
 _LOUD_DB = -50.0  # below full scale, the fallback's idea of speech
@@ -48,13 +49,21 @@ class SpeechFinder:
         return self.push(np.zeros(missing, np.float32))
 
     def _flags(self, frames: np.ndarray) -> np.ndarray:
+        power = np.square(frames, dtype=np.float64).mean(axis=1)
         if self._session is None:
-            return np.square(frames, dtype=np.float64).mean(axis=1) > 10 ** (_LOUD_DB / 10)
+            return power > 10 ** (_LOUD_DB / 10)
         before = np.concatenate([self._context[None], frames[:-1, -_CONTEXT_SAMPLES:]])
         self._context = frames[-1, -_CONTEXT_SAMPLES:].copy()
-        inputs = {"input": np.concatenate([before, frames], axis=1), "h": self._memory[0], "c": self._memory[1]}
-        probability, *self._memory = self._session.run(["speech_probs", "hn", "cn"], inputs)
-        return probability.reshape(-1) >= SPEECH_PROBABILITY
+        flags = power > 10 ** (_AUDIBLE_DB / 10)
+        if flags.any():
+            inputs = {
+                "input": np.concatenate([before, frames], axis=1)[flags],
+                "h": self._memory[0],
+                "c": self._memory[1],
+            }
+            probability, *self._memory = self._session.run(["speech_probs", "hn", "cn"], inputs)
+            flags[flags] = probability.reshape(-1) >= SPEECH_PROBABILITY
+        return flags
 
 
 def is_by_loudness() -> bool:

@@ -23,6 +23,7 @@ from deepfake_utils.report.plots.basic import (
     spectrogram_grid,
     training_curves,
 )
+from deepfake_utils.report.plots.decisions import costs_of_uses, envelope, timeline
 from deepfake_utils.report.plots.models import (
     cepstra,
     cutoff_moves,
@@ -38,12 +39,14 @@ __all__ = [
     "clip_under_the_lens",
     "clips",
     "corpus_overview",
+    "costs_of_uses",
     "cutoff_moves",
     "det_curves",
     "det_with_points",
     "draw_spectrogram",
     "eer_bars",
     "embedding_map",
+    "envelope",
     "filter_responses",
     "gap_parts",
     "graph_attention",
@@ -54,6 +57,7 @@ __all__ = [
     "score_panels",
     "spectrogram_grid",
     "tandem_cost",
+    "timeline",
     "training_curves",
     "trimming",
 ]
