@@ -14,6 +14,7 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import closing
+from itertools import count
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -161,6 +162,7 @@ def score(options: argparse.Namespace) -> int:
         raise ConfigError("--model goes with --weights; an ONNX file needs no model name")
     targets = {"csv_path": options.csv, "json_path": options.json}
     targets |= {"timeline_path": options.timeline, "scores_path": options.out}
+    picture = timeline_pictures(options.pictures, len(files)) if options.pictures else None
     counts = Counter()
     with Outputs(len(files), **targets) as outputs:
         detector = Detector.load(
@@ -174,6 +176,8 @@ def score(options: argparse.Namespace) -> int:
                 for path, verdict in zip(files, bar, strict=True):
                     counts[getattr(verdict, "verdict", "unreadable")] += 1
                     outputs.add(path, verdict)
+                    if picture:
+                        picture(path, verdict, detector)
         finally:
             if len(files) > 1:
                 found = ", ".join(f"{n:,} {word}" for word, n in counts.most_common()) or "none"
@@ -203,6 +207,32 @@ def serve(options: argparse.Namespace) -> int:
     )  # fmt: skip
     run(settings, options.host, options.port)
     return DONE
+
+
+def timeline_pictures(folder: Path, n_recordings: int):
+    """What draws (path, verdict, detector) into a folder as PNG, where there are log-odds to be drawn."""
+    try:
+        from deepfake_utils.report import plots
+    except ImportError:
+        raise ConfigError("--pictures needs Matplotlib: pip install 'deepfake-utils[plots]'") from None
+    from deepfake_utils.waveforms.decode import iter_audio
+
+    folder.mkdir(parents=True, exist_ok=True)
+    numbers, digits = count(1), len(str(n_recordings))
+
+    def draw(path, verdict, detector) -> None:
+        number = next(numbers)
+        if getattr(verdict, "log_odds", None) is None or str(path) == "-":
+            return
+        figure = plots.timeline(
+            verdict.timeline, plots.envelope(iter_audio(path, notes=[])), detector.uncertain,
+            fake_stretches=verdict.fake_stretches, title=f"{Path(path).name}: {verdict.verdict}",
+        )  # fmt: skip
+        name = f"{number:0{digits}d}_" if n_recordings > 1 else ""
+        with atomic_write(folder / f"{name}{Path(path).stem}.png") as part:
+            figure.savefig(part, format="png")
+
+    return draw
 
 
 def evaluate(options: argparse.Namespace) -> int:
@@ -271,7 +301,9 @@ def build_parser() -> Parser:
         prog="python -m deepfake_utils", description="Detect AI-generated speech: corpora, scores, figures."
     )
     commands = parser.add_subparsers(
-        required=True, metavar="find | collect | train | calibrate | score | evaluate | export | serve", parser_class=Parser
+        required=True,
+        metavar="find | collect | train | calibrate | score | evaluate | export | serve",
+        parser_class=Parser,
     )
 
     command = commands.add_parser("find", help="list the corpora in folders", description=find.__doc__)
@@ -328,6 +360,8 @@ def build_parser() -> Parser:
     command.add_argument("--csv", metavar="FILE", type=Path, help="write every verdict as a row; - is standard output")
     command.add_argument("--json", metavar="FILE", type=Path, help="the same as JSON, with every window; - as above")
     command.add_argument("--timeline", metavar="FILE", type=Path, help="write every window as a row of CSV; - as above")
+    command.add_argument("--pictures", metavar="FOLDER", type=Path, help="draw every recording over time, with what "
+                         "sounds fake in it")  # fmt: skip
     command.add_argument("--out", metavar="FILE", type=Path, help="write a score file, CSV, for the command evaluate")
     command.set_defaults(run=score)
 

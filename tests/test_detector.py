@@ -17,6 +17,7 @@ from deepfake_utils.models.layers import CMOutput
 from deepfake_utils.scoring import speech
 from deepfake_utils.scoring.detector import Detector
 from deepfake_utils.scoring.pooling import stretches
+from deepfake_utils.scoring.stream import time_stream
 from deepfake_utils.scoring.windows import HOP_SAMPLES, WindowCutter
 
 CALIBRATED = {
@@ -190,16 +191,33 @@ RECORDING = np.concatenate([
 ])  # fmt: skip
 
 
+def mu_law(samples: np.ndarray) -> np.ndarray:
+    """int16 after 8-bit companding (ITU-T G.711's curve), as telephones pass it."""
+    steps = np.round(np.sign(samples) * np.log1p(255 * np.abs(samples)) / np.log(256) * 127) / 127
+    return np.round(np.sign(steps) * (256 ** np.abs(steps) - 1) / 255 * 32767).astype(np.int16)
+
+
+def test_a_stream_is_timed_and_gives_what_it_gives(loud_is_speech):
+    timed = time_stream(detector(), RECORDING.astype(np.float32), 16_000)
+    whole = detector()(RECORDING.astype(np.float32), 16_000)
+    assert [w.log_odds for w in timed.windows] == pytest.approx([w.log_odds for w in whole.windows], abs=1e-4)
+    assert len(timed.push_s) == math.ceil(len(RECORDING) / 320) and timed.first_s == pytest.approx(4.04, abs=0.02)
+    assert time_stream(detector(), silence(5), 16_000).first_s is None
+
+
 @settings(max_examples=40, deadline=None)
 @given(
-    sizes=st.lists(st.integers(1, 60_000), min_size=1, max_size=12), rate_hz=st.sampled_from([8_000, 16_000, 44_100])
+    sizes=st.lists(st.integers(1, 60_000), min_size=1, max_size=12),
+    rate_hz=st.sampled_from([8_000, 16_000, 44_100, 48_000]),
+    kind=st.sampled_from(["float64", "float32", "telephone"]),
 )
-def test_live_audio_in_chunks_of_any_size_gives_the_windows_of_the_whole(sizes, rate_hz):
+def test_live_audio_in_chunks_of_any_size_gives_the_windows_of_the_whole(sizes, rate_hz, kind):
     patch = pytest.MonkeyPatch()
     patch.setattr(speech, "_load_silero", lambda: None)
     try:
         n_samples = len(RECORDING) * rate_hz // 16_000
         recording = np.interp(np.arange(n_samples) / rate_hz, np.arange(len(RECORDING)) / 16_000, RECORDING)
+        recording = mu_law(recording) if kind == "telephone" else recording.astype(kind)
         whole = detector()(recording, rate_hz)
         stream, found, start = detector().stream(rate_hz), [], 0
         while start < n_samples:

@@ -65,8 +65,8 @@ def as_text(notebook) -> list[str]:
     return lines
 
 
-def test_there_are_three_notebooks():
-    assert [path.stem for path in PAIRS] == ["01_model_research", "02_train", "03_error_analysis"]
+def test_there_are_four_notebooks():
+    assert [path.stem for path in PAIRS] == ["01_model_research", "02_train", "03_error_analysis", "04_deploy"]
 
 
 @each_pair

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from deepfake_utils.scoring import speech as speech_module
 from deepfake_utils.scoring.speech import FRAME_SAMPLES, SpeechFinder
 
 SECONDS = 6
@@ -59,3 +60,18 @@ def test_speech_is_found_where_it_is_whatever_the_chunks(reference_data):
     assert len(found) == -(-len(sound) // FRAME_SAMPLES)
     in_chunks = flags(sound, 100, 700, 40_000, 40_001, 90_000)
     assert (in_chunks == found).mean() > 0.995  # a frame at the threshold may fall either way
+
+
+def test_what_is_silent_costs_the_network_nothing(monkeypatch):
+    asked = []
+
+    class Network:
+        def run(self, names, inputs):
+            asked.append(len(inputs["input"]))
+            return np.ones((len(inputs["input"]), 1)), inputs["h"], inputs["c"]
+
+    monkeypatch.setattr(speech_module, "_load_silero", Network)
+    silence, loud = np.zeros(10 * FRAME_SAMPLES), np.full(5 * FRAME_SAMPLES, 0.1)
+    assert flags(np.concatenate([silence, loud, silence])).tolist() == [False] * 10 + [True] * 5 + [False] * 10
+    assert flags(silence, 700, 900).tolist() == [False] * 10
+    assert sum(asked) == 5

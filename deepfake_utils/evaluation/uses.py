@@ -53,6 +53,13 @@ def balanced_eer(scores: ArrayLike, labels: ArrayLike, weights: ArrayLike | None
     >>> balanced_eer([0.0, 1.0, 2.0, 3.0], [0, 1, 0, 1]), balanced_eer([0.0, 1.0], [0, 1])
     (0.5, 0.0)
     """
+    return balanced_eer_threshold(scores, labels, weights)[0]
+
+
+def balanced_eer_threshold(
+    scores: ArrayLike, labels: ArrayLike, weights: ArrayLike | None = None
+) -> tuple[float, float]:
+    """The same with the threshold where the two errors are nearest to each other."""
     scores, labels = check_trials(scores, labels)
     weights = np.ones(len(scores)) if weights is None else np.asarray(weights, dtype=np.float64)
     order = np.argsort(scores, kind="stable")
@@ -61,10 +68,11 @@ def balanced_eer(scores: ArrayLike, labels: ArrayLike, weights: ArrayLike | None
         for label in (BONAFIDE, SPOOF)
     }
     ends = np.r_[True, np.diff(scores[order]) > 0, True]  # equal scores are decided together
+    thresholds = np.r_[scores[order], np.inf][ends]
     miss = (below[BONAFIDE] / below[BONAFIDE][-1])[ends]
     fa = (1 - below[SPOOF] / below[SPOOF][-1])[ends]
     nearest = np.abs(miss - fa).argmin()
-    return float((miss[nearest] + fa[nearest]) / 2)
+    return float((miss[nearest] + fa[nearest]) / 2), float(thresholds[nearest])
 
 
 def fit_threshold(

@@ -220,3 +220,27 @@ def agreement_table(agreement: pd.DataFrame, first: str, second: str) -> pd.Data
         "only_second_right": f"only {second}", "both_wrong": "both wrong", "rank_correlation": "rank correlation",
     }  # fmt: skip
     return agreement.rename(columns=names).reset_index(names="class")
+
+
+def cost_table(uses: dict, judged: dict[str, dict]) -> pd.DataFrame:
+    """What the thresholds of uses cost: a row a use.
+
+    Args:
+        uses: name -> `calibration.Use`; judged: name -> what `evaluation.uses.judge_threshold` returned.
+    """
+    rows = []
+    for name, row in judged.items():
+        interval = "" if row["cost_ci"] is None else " ({:.3g} to {:.3g})".format(*row["cost_ci"])
+        rows.append({
+            "use": name,
+            "% fake": f"{100 * uses[name].p_spoof:g}",
+            "fake accepted : real rejected costs": f"{uses[name].cost_fa:g} : {uses[name].cost_miss:g}",
+            "threshold (uncertain)": "{:+.2f} ({:+.2f} to {:+.2f})".format(row["threshold"], *row["uncertain"]),
+            "% real rejected": percent(row["real_rejected"], 1),
+            "% fake accepted": percent(row["fake_accepted"], 1),
+            "% uncertain": percent(row["undecided"], 1),
+            "cost (95 % interval)": f"{row['cost']:.3g}{interval}",
+            "without listening": f"{row['blind']:.3g}",
+            "least possible": f"{row['least']:.3g}",
+        })  # fmt: skip
+    return pd.DataFrame(rows)

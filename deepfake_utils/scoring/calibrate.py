@@ -70,30 +70,49 @@ def calibrate(
     known = read_companion(path)
     if not known:
         raise CheckpointError(f"{path} has no {path.stem}.json beside it, which what is fitted would be written into")
-    detector = Detector.load(path)
+    settings = {"n_hosts": n_hosts, "most": most, "seed": seed}
+    facts, _, _ = decide(Detector.load(path), dev, evaluation, pooling=known.get("pooling", TRIED[0]), **settings)
+    with atomic_write(path.with_suffix(".json")) as part:
+        part.write_text(json.dumps(known | facts, indent=2) + "\n", encoding="utf-8")
+    say(summary(facts))
+    return facts
+
+
+def decide(
+    detector: Detector,
+    dev: pd.DataFrame,
+    evaluation: pd.DataFrame | None = None,
+    *,
+    n_hosts: int = 40,
+    most: int = 60,
+    seed: int = 0,
+    pooling: dict = TRIED[0],
+    **material,
+) -> tuple[dict, dict[str, list], dict[str, list]]:
+    """What `calibrate` writes, and what it is fitted on: judged recordings and judged splices of "dev" and "eval".
+
+    Args:
+        detector: of any weights; what it is calibrated with makes no difference.
+        pooling: taken where no splices are made to choose one; other arguments as for `calibrate`.
+        **material: further arguments of `spliced_recordings`.
+    """
     trials = {name: part for name, part in (("dev", dev), ("eval", evaluation)) if part is not None}
-    judged = {
-        name: judge_protocol(detector, part, most=most, seed=seed, progress=name) for name, part in trials.items()
-    }
+    judged = {name: judge_protocol(detector, t, most=most, seed=seed, progress=name) for name, t in trials.items()}
     facts = {"calibration": fit_windows(judged["dev"])}
     judged = {name: [(row, calibrated(w, facts["calibration"])) for row, w in part] for name, part in judged.items()}
     spliced = {}
     for name, part in trials.items() if n_hosts else ():
-        material = splices.judge(detector, splices.spliced_recordings(part, n_hosts, seed=seed))
-        spliced[name] = [(recording, calibrated(w, facts["calibration"])) for recording, w in material]
+        judged_splices = splices.judge(detector, splices.spliced_recordings(part, n_hosts, seed=seed, **material))
+        spliced[name] = [(recording, calibrated(w, facts["calibration"])) for recording, w in judged_splices]
     tried = {name: pooling_table(judged[name], spliced.get(name, ())) for name in judged}
-    best = tried["dev"]["together"].to_numpy().argmin() if n_hosts else None
-    pooling = TRIED[best] if n_hosts else known.get("pooling", TRIED[0])
+    pooling = TRIED[tried["dev"]["together"].to_numpy().argmin()] if n_hosts else pooling
     facts |= fit_recordings(judged["dev"], pooling)
     facts["decisions"] = {"pooling_tried": {name: table.to_dict("records") for name, table in tried.items()}}
     facts["decisions"]["uses"] = {name: judge_uses(judged[name], facts) for name in judged}
     if n_hosts:
         facts["marks"] = fit_marks(spliced["dev"])
         facts["decisions"]["splices"] = {name: describe_splices(part, facts["marks"]) for name, part in spliced.items()}
-    with atomic_write(path.with_suffix(".json")) as part:
-        part.write_text(json.dumps(known | facts, indent=2) + "\n", encoding="utf-8")
-    say(summary(facts))
-    return facts
+    return facts, judged, spliced
 
 
 def judge_protocol(
@@ -153,17 +172,27 @@ def calibrated(windows: Windows, scale: dict) -> tuple[Judged, ...]:
 
 
 def pooling_table(judged: Iterable[tuple[dict, Windows]], spliced: Iterable[tuple[splices.Spliced, Windows]]):
-    """EERs of every pooling tried: of recordings (sources balanced), of splices against controls, and their mean."""
+    """What every pooling tried comes to, as fractions; the least `together`, their mean, is best.
+
+    Columns: pooling, in words; recordings: EER of recordings, sources balanced; splices: EER of splices against their
+    controls; long_rejected: untouched hosts that lie below the threshold of the first, which is of shorter recordings:
+    what asks for the most fake of many windows finds something in everybody who speaks for long.
+    """
     table, rows = _recordings(judged), []
     weights = uses.balanced_weights(table["label"], table["source"])
-    parts = [(r.kind != "fake", windows) for r, windows in spliced if r.kind != "host" and windows]
-    is_real = np.array([real for real, _ in parts], int)
+    parts = pd.DataFrame([(r.kind, w) for r, w in spliced if w], columns=["kind", "windows"])
     for pooling in TRIED:
-        recordings = [_pooled(windows, pooling) for windows in table["windows"]]
-        row = {"pooling": describe(pooling), "recordings": uses.balanced_eer(recordings, table["label"], weights)}
-        if parts:
-            row["splices"] = uses.balanced_eer([_pooled(windows, pooling) for _, windows in parts], is_real)
-            row["together"] = (row["recordings"] + row["splices"]) / 2
+        pooled = np.array([_pooled(windows, pooling) for windows in table["windows"]])
+        eer, threshold = uses.balanced_eer_threshold(pooled, table["label"], weights)
+        row = {"pooling": describe(pooling), "recordings": eer}
+        if len(parts):
+            of = {
+                kind: np.array([_pooled(w, pooling) for w in part]) for kind, part in parts.groupby("kind")["windows"]
+            }
+            labels = np.repeat([BONAFIDE, SPOOF], [len(of["control"]), len(of["fake"])])
+            row["splices"] = uses.balanced_eer_threshold(np.r_[of["control"], of["fake"]], labels)[0]
+            row["long_rejected"] = float((of["host"] < threshold).mean())
+            row["together"] = float(np.mean([row["recordings"], row["splices"], row["long_rejected"]]))
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -229,7 +258,8 @@ def fit_marks(spliced: Sequence[tuple[splices.Spliced, Windows]]) -> dict:
 def describe_splices(spliced: Sequence[tuple[splices.Spliced, Windows]], marks: dict) -> list[dict]:
     """One row a length of insert: EER of windows, share of the fake time found and of the real time marked."""
     marked = splices.found(spliced, marks["below"], marks["rule"])
-    return splices.window_eers(spliced).merge(marked, on="insert_s", how="right").to_dict("records")
+    table = splices.window_eers(spliced).merge(marked, on="insert_s", how="right")
+    return table.astype(object).where(table.notna(), None).to_dict("records")
 
 
 def summary(facts: dict) -> str:
@@ -249,9 +279,10 @@ def summary(facts: dict) -> str:
                 f"{100 * row['fake_accepted']:.1f} %, cost {row['cost']:.4g} of {row['blind']:.4g}"
             )
     for split, rows in facts["decisions"].get("splices", {}).items():
-        lines += [f"{split} inserts of {row['insert_s']} s: EER {100 * row['eer']:.1f} %, fake time found "
-                  f"{100 * row['fake_found']:.1f} %, real time marked {100 * row['real_marked']:.1f} %"
-                  for row in rows]  # fmt: skip
+        for row in rows:
+            eer = "-" if row["eer"] is None else f"{100 * row['eer']:.1f} %"
+            marked = f"{100 * row['fake_found']:.1f} %, real time marked {100 * row['real_marked']:.1f} %"
+            lines.append(f"{split} inserts of {row['insert_s']} s: EER {eer}, fake time found {marked}")
     return "\n".join(lines)
 
 

@@ -43,6 +43,8 @@ LOG_ODDS = "log-odds of real speech (natural logarithm, at even odds), higher is
 
 UNCALIBRATED = "these weights are not calibrated: their scores have no threshold and no probability, only an order"
 
+HARDLY_BETTER = 0.95  # of the cost of deciding without listening: from here on it is said
+
 # What a detector is used for, by the word given to --use -> how common fakes are there, and what errors cost.
 USES = {
     "call-centre": PRESETS["call-centre screening"],
@@ -79,7 +81,7 @@ class Detector:
         self.uncertain = tuple(band or (self.threshold, self.threshold))
         self._pooling, self._marks = facts.get("pooling", MEAN), {"below": self.uncertain[0]} | facts.get("marks", {})
         self.score_meaning = LOG_ODDS if self._calibration else facts["score"]
-        self.warnings = _warnings(facts, whole)
+        self.warnings = _warnings(facts, whole, self.use)
 
     @classmethod
     def load(
@@ -118,6 +120,7 @@ class Detector:
             )
         path = weights_file(SHIPPED if weights is None else weights)
         facts = {"weights": "shipped" if weights is None else str(weights), **read_companion(path)}
+        facts["weights_bytes"] = path.stat().st_size
         if published := recognise(path):
             facts |= {"trained_on": published.trained_on, "caution": published.caution}
         computes, torch_device, engine, described = pick_engine(path, model, device)
@@ -273,13 +276,19 @@ class Detector:
         return verdict
 
 
-def _warnings(facts: dict, whole: bool) -> tuple[str, ...]:
+def _warnings(facts: dict, whole: bool, use: str) -> tuple[str, ...]:
     notes = [facts["caution"]] if "caution" in facts else []
     if "calibration" not in facts:
         notes.append(UNCALIBRATED)
     origin = facts.get("trained_on")
     if isinstance(origin, dict) and origin.get("synthetic_demo"):
         notes.append("these weights were trained on the synthetic demo corpus: they know nothing of real voices")
+    judged = facts.get("decisions", {}).get("uses", {}).get("eval", {}).get(use)
+    if judged and judged["cost"] > HARDLY_BETTER * judged["blind"]:
+        notes.append(
+            f"for {use} these weights are hardly better than deciding unheard: expected cost {judged['cost']:.3g} a "
+            f"recording on unseen sources, {judged['blind']:.3g} without listening"
+        )
     if whole and is_by_loudness():
         notes.append(FALLBACK)
     return tuple(notes)

@@ -24,7 +24,7 @@ from deepfake_utils.evaluation.metrics import compute_eer
 from deepfake_utils.scoring.detector import Detector
 from deepfake_utils.scoring.pooling import stretches
 from deepfake_utils.scoring.verdict import Judged
-from deepfake_utils.waveforms.decode import read_audio
+from deepfake_utils.waveforms.decode import audio_info, read_audio
 
 HOST_S = 30.0  # of a host; sources with less than MIN_HOST_S of one speaker give none
 MIN_HOST_S = 12.0
@@ -71,17 +71,19 @@ def spliced_recordings(
     Args:
         protocol: one split, with recordings of both labels; a column `source`, if any, says which belong together.
         n_hosts: how many hosts; each gives 1 + 2 * len(inserts_s) recordings.
-        host_s: length of a host, in seconds; shorter where a speaker has not so much, down to 12 s or half of it.
+        host_s: length of a host, in seconds; shorter where a speaker has not so much, down to 12 s or half of it;
+            where no speaker has that, clips of several are joined.
 
     Raises:
         CorpusError: the split has too little real speech of any speaker, or one label only.
     """
     rng = np.random.default_rng(seed)
-    hosts = _Clips(protocol[protocol["label"] == BONAFIDE], _speaker_of, rng)
-    fakes = _Clips(protocol[protocol["label"] == SPOOF], lambda rows: rows["attack"], rng)
-    if not hosts.groups or not fakes.groups:
-        raise CorpusError("splices need recordings of both labels in the split, one of them is missing")
     shortest = min(MIN_HOST_S, host_s / 2)
+    real, fake = (protocol[protocol["label"] == label] for label in (BONAFIDE, SPOOF))
+    if real.empty or fake.empty:
+        raise CorpusError("splices need recordings of both labels in the split, one of them is missing")
+    hosts = _Clips(real, _speaker_of(real), shortest, rng)
+    fakes = _Clips(fake, fake["attack"], max(inserts_s), rng)
     for number in range(n_hosts):
         source, host = hosts.take(round(host_s * SAMPLE_RATE_HZ), round(shortest * SAMPLE_RATE_HZ))
         yield Spliced(host, "host", 0.0, 0.0, None, source, "")
@@ -232,8 +234,11 @@ def _quiet_place(host: np.ndarray, rng: np.random.Generator) -> int:
 class _Clips:
     """Clips by group; groups take turns, and within each its clips in random order, over and over."""
 
-    def __init__(self, rows: pd.DataFrame, group_of, rng: np.random.Generator):
-        rows = rows.assign(group=group_of(rows)).sort_values("utterance")
+    def __init__(self, rows: pd.DataFrame, group: pd.Series, least_s: float, rng: np.random.Generator):
+        rows = rows.assign(group=group, duration_s=[audio_info(path).duration_s for path in rows["path"]])
+        if rows.groupby("group")["duration_s"].sum().max() < least_s:
+            rows = rows.assign(group="several")
+        rows = rows.sort_values("utterance")
         self.groups = {name: list(rng.permutation(part["path"].to_numpy())) for name, part in rows.groupby("group")}
         self._order = list(rng.permutation(sorted(self.groups)))
         self._rng = rng
@@ -243,7 +248,9 @@ class _Clips:
         for _ in range(len(self._order)):
             name = self._order.pop(0)
             self._order.append(name)
-            if name != other_than and len(samples := self._joined(name, n_wanted)) >= n_least:
+            if (name != other_than or len(self.groups) == 1) and len(
+                samples := self._joined(name, n_wanted)
+            ) >= n_least:
                 return name, samples
         raise CorpusError(f"no speaker or attack has {n_least / SAMPLE_RATE_HZ:g} s of sound to splice")
 

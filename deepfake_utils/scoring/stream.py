@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from typing import NamedTuple
+
 import numpy as np
 import torch
 
@@ -49,6 +52,33 @@ class Stream:
             found.append(self._detector.judge(window, output.logits[0].double().numpy()))
         self.windows += found
         return found
+
+
+class Timed(NamedTuple):
+    """What live audio took: seconds of each push, of sound until the first judged window (None: none), over all."""
+
+    push_s: np.ndarray
+    first_s: float | None
+    real_time_factor: float
+    windows: list
+
+
+def time_stream(detector, samples: np.ndarray, sample_rate_hz: int, chunk_s: float = 0.02) -> Timed:
+    """Push a recording through a fresh stream in chunks, as fast as they are taken, and time each.
+
+    Args:
+        samples: (n,), as `Stream.push` takes them.
+        chunk_s: length of a chunk; 20 ms is what telephony sends.
+    """
+    stream, size, push_s, first_s = detector.stream(sample_rate_hz), round(chunk_s * sample_rate_hz), [], None
+    for start in range(0, len(samples), size):
+        begun = time.perf_counter()
+        judged = stream.push(samples[start : start + size])
+        push_s.append(time.perf_counter() - begun)
+        if judged and first_s is None:
+            first_s = (start + size) / sample_rate_hz
+    stream.finish()
+    return Timed(np.array(push_s), first_s, sum(push_s) / max(len(samples) / sample_rate_hz, 1e-9), stream.windows)
 
 
 def _checked_rate(rate_hz: int) -> int:

@@ -27,14 +27,14 @@ import numpy as np
 import soundfile
 from scipy.signal import resample_poly
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(REPOSITORY))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from deepfake_utils.conventions import CROP_SAMPLES, SAMPLE_RATE_HZ
 from deepfake_utils.files import list_audio
 from deepfake_utils.scoring.windows import HOP_SAMPLES
 from deepfake_utils.waveforms.decode import read_audio
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 SCORE = """
 import resource, sys, time
 from deepfake_utils import Detector
@@ -127,28 +127,23 @@ def live(options: argparse.Namespace, folder: Path) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
     from deepfake_utils import Detector
+    from deepfake_utils.scoring.stream import time_stream
 
     samples = speech(options.audio, 60 * options.minutes[0])
-    sounds = {f"speech, {rate_hz} Hz {kind}": (resample_poly(samples, up, down), rate_hz, kind)
-              for rate_hz, up, down, kind in ((8_000, 1, 2, "mu-law"), (48_000, 3, 1, "float"))}  # fmt: skip
-    sounds["digital silence, 8000 Hz mu-law"] = (np.zeros(len(samples) // 2), 8_000, "mu-law")
+    sounds = {
+        "speech, 8 kHz mu-law": (mu_law(resample_poly(samples, 1, 2)), 8_000),
+        "speech, 48 kHz float": (resample_poly(samples, 3, 1).astype(np.float32), 48_000),
+        "digital silence, 8 kHz": (np.zeros(len(samples) // 2, np.int16), 8_000),
+    }
     for weights in options.weights:
         detector = Detector.load(None if weights == "open" else weights, device="cpu")
         detector(samples[: 5 * SAMPLE_RATE_HZ], SAMPLE_RATE_HZ)
-        for name, (sound, rate_hz, kind) in sounds.items():
-            sound = mu_law(sound) if kind == "mu-law" else np.asarray(sound, np.float32)
-            stream, size, times_s, first = detector.stream(rate_hz), rate_hz // 50, [], None
-            for start in range(0, len(sound) - size, size):
-                begun = time.perf_counter()
-                judged = stream.push(sound[start : start + size])
-                times_s.append(time.perf_counter() - begun)
-                if judged and first is None:
-                    first = (start + size) / rate_hz
-            p50, p99, largest = 1000 * np.quantile(times_s, [0.5, 0.99, 1.0])
-            factor = sum(times_s) / (len(sound) / rate_hz)
-            said = f"first verdict after {first:.2f} s" if first else "no verdict"
+        for name, (sound, rate_hz) in sounds.items():
+            timed = time_stream(detector, sound, rate_hz)
+            p50, p99, largest = 1000 * np.quantile(timed.push_s, [0.5, 0.99, 1.0])
+            said = f"first verdict after {timed.first_s:.2f} s" if timed.first_s else "no verdict"
             print(f"{Path(weights).name}, {name}: {said}; a chunk {p50:.2f} ms (p50), {p99:.2f} (p99), {largest:.1f} "
-                  f"(largest); real-time factor {factor:.4f}")  # fmt: skip
+                  f"(largest); real-time factor {timed.real_time_factor:.4f}")  # fmt: skip
 
 
 def mu_law(samples: np.ndarray) -> np.ndarray:

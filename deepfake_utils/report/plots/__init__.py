@@ -23,7 +23,7 @@ from deepfake_utils.report.plots.basic import (
     spectrogram_grid,
     training_curves,
 )
-from deepfake_utils.report.plots.decisions import costs_of_uses, envelope, timeline
+from deepfake_utils.report.plots.decisions import costs_of_uses, envelope, push_times, timeline
 from deepfake_utils.report.plots.models import (
     cepstra,
     cutoff_moves,
@@ -51,6 +51,7 @@ __all__ = [
     "gap_parts",
     "graph_attention",
     "model_comparison",
+    "push_times",
     "rejections_by_speaker",
     "reliability_diagram",
     "score_histogram",

@@ -100,3 +100,18 @@ def costs_of_uses(
     axes[0, 0].set_ylabel("expected cost a recording")
     axes[0, -1].legend(frameon=False, fontsize="x-small", loc="upper right")
     return figure
+
+
+def push_times(push_s: np.ndarray, chunk_s: float = 0.02) -> Figure:
+    """How long a live stream took for every chunk, over the time of the sound.
+
+    Args:
+        push_s: (n,) seconds of each chunk; chunk_s: its length in sound, beyond which it would fall behind.
+    """
+    figure, axis = new_figure(size=(8.0, 3.0))
+    axis.plot(np.arange(len(push_s)) * chunk_s, 1000 * push_s, ".", color=BLUE, markersize=3)
+    axis.axhline(1000 * chunk_s, color=BLACK, linestyle="--", linewidth=1, label="length of a chunk")
+    axis.set(xlabel="time of the sound (s)", ylabel="ms to take a chunk", yscale="log")
+    axis.set_title(f"n = {len(push_s):,} chunks of {1000 * chunk_s:g} ms", fontsize="medium")
+    axis.legend(frameon=False, fontsize="x-small", loc="upper right")
+    return figure

@@ -1,0 +1,68 @@
+"""Calibrating weights on a corpus: what is fitted, that nothing of eval takes part, and that a detector takes it."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from deepfake_utils.conventions import CheckpointError
+from deepfake_utils.scoring import calibrate as calibration
+from deepfake_utils.scoring.detector import USES, Detector
+from deepfake_utils.scoring.pooling import TRIED, describe
+from tests.test_detector import CALIBRATED, detector, loud_is_speech  # noqa: F401  a fixture
+from tests.test_splices import protocol  # noqa: F401  a fixture
+
+SMALL = {"n_hosts": 2, "host_s": 10.0, "inserts_s": (4.0,)}
+
+
+@pytest.fixture
+def decided(loud_is_speech, protocol):  # noqa: F811
+    return calibration.decide(detector(), protocol, protocol, **SMALL)
+
+
+def test_all_that_a_detector_needs_is_fitted_and_finds_what_can_be_told_apart(decided):
+    facts, judged, spliced = decided
+    assert set(facts["thresholds"]) == set(facts["uncertain"]) == set(USES)
+    assert describe(facts["pooling"]) in map(describe, TRIED) and facts["calibration"]["slope"] > 0
+    fitted = detector(CALIBRATED | facts)
+    assert fitted(np.full(64_600, 0.1), 16_000).log_odds > 0 > fitted(np.full(64_600, -0.1), 16_000).log_odds
+    for use, row in facts["decisions"]["uses"]["eval"].items():
+        assert (row["real_rejected"], row["fake_accepted"], row["cost"]) == (0, 0, 0), use
+    rows = facts["decisions"]["splices"]["eval"]
+    assert rows[-1]["insert_s"] == "all" and rows[-1]["eer"] == 0 and rows[-1]["fake_found"] > 0.5
+    assert rows[-1]["real_marked"] <= calibration.REAL_MARKED
+    assert len(judged["dev"]) == 12 and len(spliced["dev"]) == 6
+    assert "call-centre" in calibration.summary(facts)
+
+
+def test_eval_takes_no_part_in_what_is_fitted(loud_is_speech, protocol):  # noqa: F811
+    turned = protocol.assign(label=1 - protocol["label"], attack=np.where(protocol["label"], "A09", "-"))
+    fitted = [calibration.decide(detector(), protocol, other, **SMALL)[0] for other in (protocol, turned, None)]
+    for name in ("calibration", "pooling", "thresholds", "uncertain", "uncertain_log_odds", "marks"):
+        assert fitted[0][name] == fitted[1][name] == fitted[2][name], name
+
+
+def test_a_source_gives_no_more_than_was_asked_for_and_changes_are_made(loud_is_speech, protocol):  # noqa: F811
+    judged = calibration.judge_protocol(detector(), protocol, most=1, change=lambda samples, number: -samples)
+    assert pd.DataFrame([row for row, _ in judged])["source"].value_counts().max() == 1
+    assert all((windows[0].logit_bonafide > 0) == (row["label"] == 0) for row, windows in judged)
+
+
+def test_the_json_beside_weights_keeps_what_it_held(loud_is_speech, protocol, tmp_path, monkeypatch):  # noqa: F811
+    (tmp_path / "w.safetensors").touch()
+    with pytest.raises(CheckpointError, match="w.json"):
+        calibration.calibrate(tmp_path / "w.safetensors", protocol)
+    (tmp_path / "w.json").write_text(json.dumps({"model": "level", "trained_on": "by hand", "thresholds": {"x": 1}}))
+    monkeypatch.setattr(Detector, "load", lambda path: detector())
+    said = []
+    facts = calibration.calibrate(tmp_path / "w.safetensors", protocol, n_hosts=0, say=said.append)
+    written = json.loads((tmp_path / "w.json").read_text())
+    assert written["trained_on"] == "by hand" and written["thresholds"] == facts["thresholds"] and said
+    assert "marks" not in written and written["pooling"]["name"] == "mean"
+
+
+def test_weights_that_are_no_use_for_a_use_say_so():
+    poor = {"decisions": {"uses": {"eval": {"forensic": {"cost": 0.5, "blind": 0.5}}}}}
+    assert any("hardly better than deciding unheard" in w for w in detector(CALIBRATED | poor, "forensic").warnings)
+    assert not any("hardly better" in w for w in detector(CALIBRATED | poor, "moderation").warnings)
