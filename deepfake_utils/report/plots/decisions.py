@@ -60,9 +60,10 @@ def timeline(
         above.axvspan(start, end, color=VERMILION, alpha=0.35, linewidth=0, label=label)
     for number, (start, end) in enumerate(truth or ()):
         above.hlines(low.min() * 1.15, start, end, color=ORANGE, linewidth=4, label=None if number else "is fake")
-    above.set(ylabel="amplitude", title=title)
+    above.set(ylabel="amplitude")
+    above.set_title(title, loc="left", fontsize="medium")
     if above.get_legend_handles_labels()[0]:
-        above.legend(frameon=False, fontsize="x-small", loc="upper right", ncols=2)
+        above.legend(frameon=False, fontsize="x-small", loc="upper right", bbox_to_anchor=(1, 1.18), ncols=2)
     below.axhspan(*uncertain, color=BAND, linewidth=0)
     below.axhline(uncertain[1], color=BLACK, linestyle="--", linewidth=1)
     values = windows["log_odds"].to_numpy(float)
@@ -87,18 +88,23 @@ def costs_of_uses(
         curves: use -> split -> (thresholds (n,), expected cost (n,)), as `uses.cost_curve` gives them.
         marks: use -> what `uses.judge_threshold` says of its threshold.
     """
-    figure, axes = new_figure(1, len(curves), size=(4.2 * len(curves), 3.9), squeeze=False)
+    n_columns = min(2, len(curves))
+    n_rows = -(-len(curves) // n_columns)
+    figure, axes = new_figure(n_rows, n_columns, size=(4.6 * n_columns, 3.0 * n_rows + 0.4), squeeze=False)
+    for axis in axes.flat[len(curves) :]:
+        axis.set_visible(False)
     colours = {"dev": GREEN, "eval": BLUE}
-    for axis, (use, of_splits) in zip(axes[0], curves.items(), strict=True):
+    for axis, (use, of_splits) in zip(axes.flat, curves.items(), strict=False):
         mark = marks[use]
         axis.axvspan(*mark["uncertain"], color=BAND, linewidth=0, label="uncertain")
         for split, (thresholds, cost) in of_splits.items():
             axis.plot(thresholds, cost, color=colours.get(split, ORANGE), linewidth=1.6, label=split)
         axis.axvline(mark["threshold"], color=BLACK, linestyle="--", linewidth=1, label="threshold, from dev")
         axis.axhline(mark["blind"], color=VERMILION, linestyle=":", linewidth=1.4, label="without listening")
-        axis.set(title=use, xlabel="threshold (log-odds)", ylim=(0, 1.6 * mark["blind"]))
-    axes[0, 0].set_ylabel("expected cost a recording")
-    axes[0, -1].legend(frameon=False, fontsize="x-small", loc="upper right")
+        axis.set(xlabel="threshold (log-odds)", ylabel="expected cost", ylim=(0, 1.6 * mark["blind"]))
+        axis.set_title(use, fontsize="medium")
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), frameon=False, fontsize="small", ncols=5,
+                  loc="outside upper center")  # fmt: skip
     return figure
 
 
