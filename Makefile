@@ -1,4 +1,4 @@
-# make run                                     the three notebooks on the built-in demo corpus
+# make run                                     the four notebooks on the built-in demo corpus
 # make run DATA=folder ARGS="-p epochs 5"      ... on the corpus in that folder, with parameters
 # make test                                    all tests        (make test ARGS="-k metrics" for some)
 # make sync                                    bring each notebook's .py and .ipynb together

@@ -322,7 +322,7 @@ def run(notebooks: list[Path], data: str, runs: Path, asked: list[tuple[str, str
 def main(arguments: list[str] | None = None) -> int:
     """Run from the command line; returns the exit code."""
     parser = argparse.ArgumentParser(description="Run the notebooks without a browser.")
-    parser.add_argument("notebooks", nargs="*", type=Path, help="notebooks to run (default: 01, 02 and 03)")
+    parser.add_argument("notebooks", nargs="*", type=Path, help="notebooks to run (default: all four)")
     parser.add_argument("--data", default="", help="folder with a corpus (default: the built-in demo corpus)")
     parser.add_argument("--runs", type=Path, default=RUNS, help="where results go (default: runs/)")
     parser.add_argument("-p", nargs=2, metavar=("NAME", "VALUE"), action="append", default=[], dest="parameters",

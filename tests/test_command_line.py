@@ -232,6 +232,14 @@ def test_every_output_holds_every_recording(weights, reference_data, tmp_path, r
     assert {path.name for path in tmp_path.iterdir()} == {"in", "out.out.json", *(p.name for p in targets.values())}
 
 
+def test_a_recording_is_drawn_over_time(weights, reference_data, tmp_path, run_here):
+    path = next((reference_data / "open_speech/bonafide/ljspeech").glob("*.flac"))
+    done = run_here("score", path, "--pictures", tmp_path / "pictures")
+    assert done.returncode == 0, done.stderr
+    [picture] = (tmp_path / "pictures").iterdir()
+    assert picture.name == f"{path.stem}.png" and picture.read_bytes().startswith(b"\x89PNG")
+
+
 def test_what_is_passed_over_in_a_folder_is_counted_aloud(corpus, weights, tmp_path, run_here):
     for name in ("a.wav", "b.MP4", ".hidden.wav", "c.txt", "d.pdf", "__MACOSX/e.wav"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -342,7 +342,7 @@ def test_a_phase_or_half_of_eval_stands_in_for_a_missing_dev(capsys):
 
 @pytest.fixture(scope="module")
 def whole_run(demo_runs) -> tuple[str, Path]:
-    """What the runner printed for all three notebooks, and the folder of the run."""
+    """What the runner printed for all four notebooks, and the folder of the run."""
     command = [sys.executable, str(RUNNER), "--runs", str(demo_runs)]
     for name, value in {"demo_scale": DEMO_SCALE, **QUICK}.items():
         command += ["-p", name, str(value)]
