@@ -84,7 +84,7 @@ def score(weights: str, short: Path, long: Path, n_cores: int) -> tuple[float, i
     return float(took_s), int(before), int(after), int(n_windows)
 
 
-def reference_rate(checkout: Path, samples: np.ndarray, n_cores: int, n_windows: int = 12) -> float:
+def reference_rate(checkout: Path, samples: np.ndarray, n_cores: int, n_windows: int = 6) -> float:
     """Times real time of the authors' model on one window after the other, every 2.02 s, without any search."""
     import torch
 
