@@ -244,13 +244,15 @@ class _Clips:
         self._rng = rng
 
     def take(self, n_wanted: int, n_least: int, other_than: str | None = None) -> tuple[str, np.ndarray]:
-        """The next group with enough sound: its name, and up to `n_wanted` samples of joined clips."""
+        """The next group with enough sound: its name, and up to `n_wanted` samples of joined clips.
+
+        Where all clips are one group, it is taken whatever it holds.
+        """
         for _ in range(len(self._order)):
             name = self._order.pop(0)
             self._order.append(name)
-            if (name != other_than or len(self.groups) == 1) and len(
-                samples := self._joined(name, n_wanted)
-            ) >= n_least:
+            samples = self._joined(name, n_wanted) if name != other_than or len(self.groups) == 1 else ()
+            if len(samples) >= n_least or len(self.groups) == 1:
                 return name, samples
         raise CorpusError(f"no speaker or attack has {n_least / SAMPLE_RATE_HZ:g} s of sound to splice")
 
