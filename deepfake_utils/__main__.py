@@ -14,7 +14,6 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import closing
-from itertools import count
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -162,7 +161,13 @@ def score(options: argparse.Namespace) -> int:
         raise ConfigError("--model goes with --weights; an ONNX file needs no model name")
     targets = {"csv_path": options.csv, "json_path": options.json}
     targets |= {"timeline_path": options.timeline, "scores_path": options.out}
-    picture = timeline_pictures(options.pictures, len(files)) if options.pictures else None
+    draw = None
+    if options.pictures:
+        try:
+            from deepfake_utils.report.plots.decisions import timeline_pictures
+        except ImportError:
+            raise ConfigError("--pictures needs Matplotlib: pip install 'deepfake-utils[plots]'") from None
+        draw = timeline_pictures(options.pictures, len(files))
     counts = Counter()
     with Outputs(len(files), **targets) as outputs:
         detector = Detector.load(
@@ -176,8 +181,8 @@ def score(options: argparse.Namespace) -> int:
                 for path, verdict in zip(files, bar, strict=True):
                     counts[getattr(verdict, "verdict", "unreadable")] += 1
                     outputs.add(path, verdict)
-                    if picture:
-                        picture(path, verdict, detector)
+                    if draw:
+                        draw(path, verdict, detector.uncertain)
         finally:
             if len(files) > 1:
                 found = ", ".join(f"{n:,} {word}" for word, n in counts.most_common()) or "none"
@@ -207,32 +212,6 @@ def serve(options: argparse.Namespace) -> int:
     )  # fmt: skip
     run(settings, options.host, options.port)
     return DONE
-
-
-def timeline_pictures(folder: Path, n_recordings: int):
-    """What draws (path, verdict, detector) into a folder as PNG, where there are log-odds to be drawn."""
-    try:
-        from deepfake_utils.report import plots
-    except ImportError:
-        raise ConfigError("--pictures needs Matplotlib: pip install 'deepfake-utils[plots]'") from None
-    from deepfake_utils.waveforms.decode import iter_audio
-
-    folder.mkdir(parents=True, exist_ok=True)
-    numbers, digits = count(1), len(str(n_recordings))
-
-    def draw(path, verdict, detector) -> None:
-        number = next(numbers)
-        if getattr(verdict, "log_odds", None) is None or str(path) == "-":
-            return
-        figure = plots.timeline(
-            verdict.timeline, plots.envelope(iter_audio(path, notes=[])), detector.uncertain,
-            fake_stretches=verdict.fake_stretches, title=f"{Path(path).name}: {verdict.verdict}",
-        )  # fmt: skip
-        name = f"{number:0{digits}d}_" if n_recordings > 1 else ""
-        with atomic_write(folder / f"{name}{Path(path).stem}.png") as part:
-            figure.savefig(part, format="png")
-
-    return draw
 
 
 def evaluate(options: argparse.Namespace) -> int:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from itertools import count
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
 from deepfake_utils.conventions import SAMPLE_RATE_HZ
+from deepfake_utils.files import atomic_write
 from deepfake_utils.report.plots.basic import BLACK, BLUE, GREEN, ORANGE, VERMILION, new_figure
+from deepfake_utils.waveforms.decode import iter_audio
 
 BAND = "0.85"  # grey, of what is uncertain
 ENVELOPE_S = 0.05  # of sound whose extremes are drawn as one line
@@ -77,6 +81,26 @@ def timeline(
     below.set(xlabel="time (s)", ylabel="log-odds of real speech", xlim=(0, max(len(extremes) * ENVELOPE_S, 1e-3)))
     below.legend(frameon=False, fontsize="x-small", loc="lower left", bbox_to_anchor=(0, 0.98), ncols=3, title=None)
     return figure
+
+
+def timeline_pictures(folder: Path, n_recordings: int) -> Callable:
+    """What draws (path, verdict, band) as `timeline` into a folder, where a recording has log-odds to be drawn."""
+    folder.mkdir(parents=True, exist_ok=True)
+    numbers, digits = count(1), len(str(n_recordings))
+
+    def draw(path: Path, verdict, uncertain: tuple[float, float]) -> None:
+        number = next(numbers)
+        if getattr(verdict, "log_odds", None) is None or str(path) == "-":  # what was read from a pipe is gone
+            return
+        figure = timeline(
+            verdict.timeline, envelope(iter_audio(path, notes=[])), uncertain, fake_stretches=verdict.fake_stretches,
+            title=f"{path.name}: {verdict.verdict}",
+        )  # fmt: skip
+        name = f"{number:0{digits}d}_" if n_recordings > 1 else ""
+        with atomic_write(folder / f"{name}{path.stem}.png") as part:
+            figure.savefig(part, format="png")
+
+    return draw
 
 
 def costs_of_uses(
