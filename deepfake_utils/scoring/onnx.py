@@ -31,7 +31,7 @@ from deepfake_utils.models.encoder import Encoder
 from deepfake_utils.models.layers import CMOutput, check_waveform
 from deepfake_utils.models.lfcc import PowerSpectrum
 from deepfake_utils.models.sinc import SincFilters
-from deepfake_utils.models.spectrogram import Shortcut
+from deepfake_utils.models.spectrogram import Block, Shortcut
 
 OPSET = 17
 INPUT_NAME = "waveform"
@@ -131,21 +131,16 @@ class PowerByFolding(PowerSpectrum):
         return torch.cat(parts, -1)
 
 
-class ShortcutByOneConvolution(Shortcut):
+def _by_one_convolution(shortcut: Shortcut) -> nn.Sequential:
     """The mean of 2 x 2 points and the 1 x 1 convolution as one of 2 x 2; a last odd column, doubled, is its mean."""
+    pool, narrow, norm = shortcut
+    size = pool.kernel_size
+    wide = nn.Conv2d(narrow.in_channels, narrow.out_channels, size, stride=size, bias=False)
+    wide.weight = nn.Parameter(narrow.weight.expand(-1, -1, size, size) / size**2)
+    return nn.Sequential(nn.ReplicationPad2d((0, size - 1, 0, size - 1)), wide, norm)
 
-    def forward(self, x: Tensor) -> Tensor:
-        _, convolution, norm = self
-        weight = convolution.weight.expand(-1, -1, 2, 2) / 4
-        return norm(F.conv2d(F.pad(x, (0, 1, 0, 1), mode="replicate"), weight, stride=2))
 
-
-IN_A_GRAPH = {
-    Encoder: PiecewiseEncoder,
-    NodePooling: PoolingOfAnyLength,
-    PowerSpectrum: PowerByFolding,
-    Shortcut: ShortcutByOneConvolution,
-}
+IN_A_GRAPH = {Encoder: PiecewiseEncoder, NodePooling: PoolingOfAnyLength, PowerSpectrum: PowerByFolding}
 
 
 def _for_export(model: nn.Module) -> nn.Module:
@@ -158,6 +153,8 @@ def _for_export(model: nn.Module) -> nn.Module:
         module.__class__ = IN_A_GRAPH.get(type(module), type(module))  # they differ in methods, not in what they hold
         if isinstance(module, SincFilters):
             module.fix_()
+        if isinstance(module, Block) and isinstance(module.shortcut, Shortcut):
+            module.shortcut = _by_one_convolution(module.shortcut).eval()
     for value in model.state_dict().values():
         if value.is_floating_point():
             value.masked_fill_(value.abs() < torch.finfo(value.dtype).tiny, 0)
