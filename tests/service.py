@@ -61,12 +61,14 @@ class Running:
     def memory_mb(self) -> float:
         return psutil.Process(self.process.pid).memory_info().rss / 2**20
 
-    def raw(self, *parts: bytes, timeout_s: float = 15) -> bytes:
-        """Send bytes as they are, and give what comes back until the connection ends."""
+    def raw(self, *parts: bytes, repeated: bytes = b"", timeout_s: float = 15) -> bytes:
+        """Send bytes as they are, some of them without end, and give what comes back until the connection ends."""
         with socket.create_connection(("127.0.0.1", self.port), timeout=timeout_s) as connection:
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 for part in parts:
                     connection.sendall(part)
+                while repeated:
+                    connection.sendall(repeated)
             answer = b""
             with contextlib.suppress(ConnectionResetError):
                 while part := connection.recv(2**16):

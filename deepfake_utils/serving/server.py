@@ -15,13 +15,13 @@ from deepfake_utils.serving.app import create_app
 from deepfake_utils.serving.live import MESSAGE_BYTES
 from deepfake_utils.serving.service import Service, Settings
 
-HEAD_S = 10.0  # for the head of a request to arrive whole
+PATIENCE_S = 10.0  # for the head of a request to arrive whole, and for the rest of one that was refused
 CONNECTIONS = 1000  # at a time; the one after gets a 503
 LAST_ANSWERS_S = 20  # when the service is ended
 
 
 class HurriedProtocol(H11Protocol):
-    """HTTP that closes a connection whose request does not arrive: a slow client holds nothing for long."""
+    """HTTP that closes a connection whose request does not arrive, or does not end when it has been refused."""
 
     _deadline: asyncio.TimerHandle | None = None
 
@@ -42,9 +42,10 @@ class HurriedProtocol(H11Protocol):
         super().connection_lost(exc)
 
     def _watch(self) -> None:
-        is_waiting = self.conn.their_state is h11.IDLE
+        is_late = self.conn.their_state is h11.SEND_BODY and self.cycle.response_complete  # answered, and sends on
+        is_waiting = is_late or self.conn.their_state is h11.IDLE
         if is_waiting and self._deadline is None:
-            self._deadline = self.loop.call_later(HEAD_S, self.transport.close)
+            self._deadline = self.loop.call_later(PATIENCE_S, self.transport.close)
         elif not is_waiting and self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None

@@ -10,7 +10,8 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 
 import numpy as np
 
@@ -122,7 +123,8 @@ def _pyav_container(recording: Recording):
         ) from None
     recording.file.seek(0)
     # A file object, not a path: a name may look like an address. And a playlist must not open what it lists.
-    options = {"protocol_whitelist": "none"}
+    # Nor is a picture decoded, not even to see what it is: one of 300 kB may need a gigabyte.
+    options = {"protocol_whitelist": "none", "codec_whitelist": _decoders_of_sound()}
     try:
         with av.open(recording.file, "r", metadata_errors="replace", options=options) as container:
             if not container.streams.audio:
@@ -136,6 +138,18 @@ def _pyav_container(recording: Recording):
             f"{recording.name} cannot be decoded ({reason}): it is damaged, truncated or not audio; "
             "copy or download it again"
         ) from None
+
+
+@cache
+def _decoders_of_sound() -> str:
+    """The names of FFmpeg's decoders of audio, with commas between them."""
+    import av
+
+    names = []
+    for name in av.codecs_available:
+        with suppress(av.codec.codec.UnknownCodecError):
+            names += [name] if av.Codec(name, "r").type == "audio" else []
+    return ",".join(names)
 
 
 def _pyav_blocks(recording: Recording) -> Iterator[tuple[np.ndarray, int]]:
