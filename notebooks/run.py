@@ -40,6 +40,7 @@ FOLDER = Path(__file__).resolve().parent
 OURS = sorted(FOLDER.glob("[0-9][0-9]_*.ipynb"))
 RUNS = FOLDER.parent / "runs"
 FIRST_LOOK = {"time_budget_s": "40"}  # a run without a wish takes minutes; `-p time_budget_s 36000` for a real one
+OPEN_BYTES = 80_000_000  # of files that DATA=open fetches
 SET_BY_RUNNER = {"data": "--data FOLDER", "run_dir": "--runs FOLDER"}
 TYPES = {"str": str, "int": int, "float": float, "bool": bool}
 OUTPUTS = {
@@ -291,7 +292,7 @@ def run(notebooks: list[Path], data: str, runs: Path, asked: list[tuple[str, str
 
     Args:
         notebooks: .ipynb files.
-        data: a folder with a corpus, or "demo".
+        data: a folder with a corpus, "demo", or "open" for real speech, which is collected first.
         runs: where the folder `<time>-<corpus>` is made.
         asked: (name, text) parameter values, each for those notebooks that know it.
 
@@ -304,6 +305,8 @@ def run(notebooks: list[Path], data: str, runs: Path, asked: list[tuple[str, str
     known = {notebook: read_parameters(notebook) for notebook in notebooks}
     wished = [item for item in FIRST_LOOK.items() if any(item[0] in parameters for parameters in known.values())]
     values = choose_values(known, [*wished, *asked])
+    if data == "open" and not Path(data).is_dir():
+        data = collect_open_speech(runs)
     if data != "demo":
         if not Path(data).is_dir():
             raise RunError(f"DATA: no folder {Path(data).absolute()}")
@@ -319,11 +322,29 @@ def run(notebooks: list[Path], data: str, runs: Path, asked: list[tuple[str, str
     return summarise(run_dir, seconds)
 
 
+def collect_open_speech(runs: Path) -> str:
+    """A small part of the open speech, from sources that state a licence; what is there is not fetched again.
+
+    Raises:
+        RunError: nothing could be had.
+    """
+    from deepfake_utils.collecting import collect
+    from deepfake_utils.conventions import CorpusError
+
+    mirrors = os.environ.get("DEEPFAKE_MIRRORS")  # a folder with copies of the repositories, where there is no network
+    try:
+        collect(runs / "open", licence="stated", limit_bytes=OPEN_BYTES, mirrors=mirrors, say=print)
+    except CorpusError as error:
+        raise RunError(f"DATA=open: {error}") from None
+    return str(runs / "open")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run from the command line; returns the exit code."""
     parser = argparse.ArgumentParser(description="Run the notebooks without a browser.")
     parser.add_argument("notebooks", nargs="*", type=Path, help="notebooks to run (default: all four)")
-    parser.add_argument("--data", default="", help="folder with a corpus (default: the built-in demo corpus)")
+    parser.add_argument("--data", default="", help="folder with a corpus, or open: a small part of public "
+                        "recordings, which is fetched (default: the built-in demo corpus)")  # fmt: skip
     parser.add_argument("--runs", type=Path, default=RUNS, help="where results go (default: runs/)")
     parser.add_argument("-p", nargs=2, metavar=("NAME", "VALUE"), action="append", default=[], dest="parameters",
                         help="set a parameter in the notebooks that have it")  # fmt: skip

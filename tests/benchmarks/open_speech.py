@@ -1,0 +1,102 @@
+"""How well weights tell fake from real speech outside of the corpus they learned from, by family and by collection.
+
+    python tests/benchmarks/open_speech.py --data FOLDER --weights deepfake_utils/assets/open.safetensors aasist
+
+FOLDER is what `deepfake-utils collect` filled, or any corpus with the column `source` in its manifest. Scored are the
+first 64,600 samples of up to `--per-family` recordings of a family or, of real speech, of a source, chosen by a hash of
+their names. "Pooled" is the EER over all of them; "macro" the mean over families, each against the split's real speech.
+Intervals are over sources. `--robust` adds what codecs, noise, rooms and speed do; `--json` writes the figures.
+"""
+
+import argparse
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from deepfake_utils.corpora import find_corpora
+from deepfake_utils.evaluation.intervals import eer_metric, interval_or_none
+from deepfake_utils.evaluation.metrics import compute_eer
+from deepfake_utils.probing.robustness import condition_scores, robustness
+from deepfake_utils.scoring.score import score_protocol
+from deepfake_utils.scoring.weights import load_model
+from deepfake_utils.waveforms import open_source
+
+SHIPPED = "deepfake_utils/assets/open.safetensors"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--weights", nargs="+", default=[SHIPPED])
+    parser.add_argument("--splits", nargs="+", default=["dev", "eval"])
+    parser.add_argument("--per-family", type=int, default=40)
+    parser.add_argument("--robust", action="store_true")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    corpus, figures = find_corpora(options.data)[0], {}
+    for split in options.splits:
+        trials = chosen(corpus.protocol(split), options.per_family)
+        clips = open_source(trials, kind="cache")
+        n_real = int(trials["label"].sum())
+        n_families = trials.groupby("label")["family"].nunique()
+        print(f"\n{split}: {n_real} real of {n_families[1]} sources, {len(trials) - n_real} fake", end=" ")
+        print(f"of {n_families[0]} families")
+        for weights in options.weights:
+            model = load_model(weights=weights)
+            scores = score_protocol(model, trials, source=clips, progress=None)["score"].to_numpy()
+            found = figures.setdefault(weights, {})[split] = describe(scores, trials)
+            show(weights, found)
+            if options.robust:
+                table = robustness(condition_scores(model, clips), trials["label"].to_numpy())
+                found["conditions"] = table.set_index("condition").round(4).to_dict("index")
+                print((100 * table.set_index("condition")).round(1).to_string())
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def chosen(protocol: pd.DataFrame, per_family: int) -> pd.DataFrame:
+    """Up to so many recordings of each source's families, always the same ones; with the column `family`."""
+    family = protocol["source"].str.split("/").str[-1].str.removesuffix(".github.io")
+    family = family + ("/" + protocol["attack"].astype(str)).where(protocol["label"] == 0, "")
+    order = protocol["utterance"].map(lambda name: hashlib.sha256(str(name).encode()).hexdigest())
+    ranked = protocol.assign(family=family, order=order).sort_values("order")
+    return ranked.groupby("family").head(per_family).drop(columns="order").reset_index(drop=True)
+
+
+def describe(scores: np.ndarray, trials: pd.DataFrame) -> dict:
+    """Fractions: EERs, fakes accepted by family and real speech rejected by source, at the pooled EER threshold."""
+    labels, family = trials["label"].to_numpy(), trials["family"]
+    pooled = compute_eer(scores, labels)
+    by_family, accepted, rejected = {}, {}, {}
+    for name in sorted(family.unique()):
+        own = (family == name).to_numpy()
+        if labels[own][0]:
+            rejected[name] = [float((scores[own] < pooled.threshold).mean()), int(own.sum())]
+        else:
+            among = own | (labels == 1)
+            by_family[name] = compute_eer(scores[among], labels[among]).eer
+            accepted[name] = [float((scores[own] >= pooled.threshold).mean()), int(own.sum())]
+    interval = interval_or_none(eer_metric, scores, labels, trials["source"].to_numpy(), n=1000, seed=0)
+    return {
+        "pooled": pooled.eer,
+        "interval": None if interval is None else [interval.low, interval.high],
+        "macro": float(np.mean(list(by_family.values()))),
+        "eer": by_family, "fakes_accepted": accepted, "real_rejected": rejected,
+    }  # fmt: skip
+
+
+def show(weights: str, found: dict) -> None:
+    """Print what `describe` found, percent."""
+    low, high = found["interval"] or (np.nan, np.nan)
+    print(f"\n{weights}: pooled {100 * found['pooled']:.1f} % ({100 * low:.1f} to {100 * high:.1f}), "
+          f"macro {100 * found['macro']:.1f} %")  # fmt: skip
+    for title, key in (("fakes accepted", "fakes_accepted"), ("real rejected", "real_rejected")):
+        rows = sorted(found[key].items(), key=lambda item: -item[1][0])
+        print(f"  {title}, %: " + ", ".join(f"{name} {100 * rate:.0f} of {n}" for name, (rate, n) in rows))
+
+
+if __name__ == "__main__":
+    main()
