@@ -6,23 +6,35 @@ FOLDER is what `deepfake-utils collect` filled, or any corpus with the column `s
 first 64,600 samples of up to `--per-family` recordings of a family or, of real speech, of a source, chosen by a hash of
 their names. "Pooled" is the EER over all of them; "macro" the mean over families, each against the split's real speech.
 Intervals are over sources. `--robust` adds what codecs, noise, rooms and speed do; `--json` writes the figures.
+
+    python tests/benchmarks/open_speech.py --data FOLDER --shortcuts 2000
+
+prints instead what single numbers tell of the label in so many training recordings: drawn evenly, drawn balanced within
+each source, and so drawn and augmented.
 """
 
 import argparse
 import hashlib
 import json
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from deepfake_utils.augment import build_augmentation
+from deepfake_utils.conventions import SAMPLE_RATE_HZ
 from deepfake_utils.corpora import find_corpora
 from deepfake_utils.evaluation.intervals import eer_metric, interval_or_none
 from deepfake_utils.evaluation.metrics import compute_eer
+from deepfake_utils.probing import shortcuts
 from deepfake_utils.probing.robustness import condition_scores, robustness
 from deepfake_utils.scoring.score import score_protocol
 from deepfake_utils.scoring.weights import load_model
+from deepfake_utils.training.sampling import source_weights
 from deepfake_utils.waveforms import open_source
+from deepfake_utils.waveforms.batches import train_batches
+from deepfake_utils.waveforms.decode import to_int16
 
 SHIPPED = "deepfake_utils/assets/open.safetensors"
 
@@ -34,9 +46,13 @@ def main() -> None:
     parser.add_argument("--splits", nargs="+", default=["dev", "eval"])
     parser.add_argument("--per-family", type=int, default=40)
     parser.add_argument("--robust", action="store_true")
+    parser.add_argument("--shortcuts", type=int, metavar="N")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     corpus, figures = find_corpora(options.data)[0], {}
+    if options.shortcuts:
+        print((100 * shortcut_table(corpus.protocol("train"), options.shortcuts)).round(1).to_string())
+        return
     for split in options.splits:
         trials = chosen(corpus.protocol(split), options.per_family)
         clips = open_source(trials, kind="cache")
@@ -86,6 +102,29 @@ def describe(scores: np.ndarray, trials: pd.DataFrame) -> dict:
         "macro": float(np.mean(list(by_family.values()))),
         "eer": by_family, "fakes_accepted": accepted, "real_rejected": rejected,
     }  # fmt: skip
+
+
+def shortcut_table(train: pd.DataFrame, n: int) -> pd.DataFrame:
+    """EER (fraction) of each number alone, learned on half of the draws and told on the other half."""
+    source, labels = open_source(train, kind="cache"), train["label"].to_numpy()
+    ways = {
+        "drawn evenly": (None, None),
+        "balanced within sources": (source_weights(train), None),
+        "and augmented": (source_weights(train), build_augmentation("open")),
+    }
+    columns = {}
+    for way, (weights, augment) in ways.items():
+        rows, drawn = [], []
+        settings = {"batch_size": 20, "n_samples": 2 * SAMPLE_RATE_HZ, "seed": 1, "epoch": 0, "device": "cpu"}
+        batches = train_batches(source, labels, weights=weights, augment=augment, **settings)
+        for batch in islice(batches, n // 20):
+            rows += [shortcuts.recording_numbers(clip) for clip in to_int16(batch.waveform.numpy())]
+            drawn += batch.target.int().tolist()
+        numbers, target, half = pd.DataFrame(rows), np.array(drawn), len(rows) // 2
+        numbers.insert(0, "utterance", [str(i) for i in range(len(numbers))])
+        told = shortcuts.shortcut_errors(numbers[:half], target[:half], numbers[half:], target[half:], n_bootstrap=0)
+        columns[way] = told.set_index("rule")["eer"]
+    return pd.DataFrame(columns)
 
 
 def show(weights: str, found: dict) -> None:
