@@ -1,0 +1,82 @@
+"""Pruning: what no channel depends on may go, and nothing changes."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from deepfake_utils.conventions import ConfigError
+from deepfake_utils.models import build_model
+from deepfake_utils.models.prune import narrowed
+from deepfake_utils.scoring.weights import load_model, save_weights
+
+WIDE = {"channels": (6, 8, 10), "stem_channels": 5, "pooled_channels": 12, "embedding_dim": 9}
+NARROW = {"channels": (4, 5, 6), "stem_channels": 3, "pooled_channels": 7, "embedding_dim": 4}
+
+
+@pytest.fixture
+def model():
+    """A network whose batch norms differ from channel to channel."""
+    generator = torch.Generator().manual_seed(0)
+    model = build_model("spectrogram-resnet", generator=generator, **WIDE).eval()
+    with torch.no_grad():
+        for module in model.modules():
+            if hasattr(module, "running_var"):
+                for value in (module.weight, module.running_var):
+                    value.uniform_(0.5, 1.5, generator=generator)
+                for value in (module.bias, module.running_mean):
+                    value.normal_(0, 0.3, generator=generator)
+    return model
+
+
+def silence(norm, generator, n):
+    """Make some channels of a norm write nothing, whichever."""
+    dead = torch.randperm(len(norm.weight), generator=generator)[:n]
+    norm.weight[dead] = 0
+    norm.bias[dead] = 0
+    return dead
+
+
+@torch.no_grad()
+def test_channels_that_are_always_zero_go_without_a_trace(model):
+    generator = torch.Generator().manual_seed(1)
+    silence(model.stem_norm, generator, 2)
+    for stage, (wide, narrow) in enumerate(zip(WIDE["channels"], NARROW["channels"], strict=True)):
+        first, second = model.blocks[2 * stage : 2 * stage + 2]
+        dead = silence(first.norm2, generator, wide - narrow)
+        for norm in (first.shortcut[-1], second.norm2):
+            norm.weight[dead] = norm.bias[dead] = 0
+        for block in (first, second):
+            silence(block.norm1, generator, wide - narrow)
+    silence(model.join_norm, generator, 5)
+    dead = torch.randperm(9, generator=generator)[:5]
+    model.embed.weight[dead] = model.embed.bias[dead] = 0
+    waveform = 0.1 * torch.randn(2, 9000, generator=generator)
+    # a pooled channel that is always zero still has the floor of its deviation: take that part out of the embedding
+    model.embed.weight[:, 12:][:, model.join_norm.weight == 0] = 0
+    small = narrowed(model, **NARROW)
+    assert dataclasses.asdict(small.config) | NARROW == dataclasses.asdict(small.config)
+    torch.testing.assert_close(small(waveform).logits, model(waveform).logits, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_nothing_changes_where_nothing_goes_and_the_wide_network_never_does(model):
+    waveform = 0.1 * torch.randn(2, 9000, generator=torch.Generator().manual_seed(0))
+    before = model(waveform).logits
+    torch.testing.assert_close(narrowed(model)(waveform).logits, before, atol=0, rtol=0)
+    narrowed(model, **NARROW)
+    torch.testing.assert_close(model(waveform).logits, before, atol=0, rtol=0)
+
+
+def test_the_result_is_saved_and_loaded_as_any_other(model, tmp_path):
+    small = narrowed(model, **NARROW)
+    path = save_weights(tmp_path / "small.safetensors", small, name="spectrogram-resnet")
+    loaded = load_model(weights=path)
+    assert loaded.config == small.config
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in small.state_dict().items())
+
+
+@pytest.mark.parametrize("widths", [{"channels": (6, 8)}, {"channels": (6, 9, 10)}, {"stem_channels": 6}])
+def test_wider_or_other_stages_are_refused(model, widths):
+    with pytest.raises(ConfigError, match=next(iter(widths))):
+        narrowed(model, **widths)
