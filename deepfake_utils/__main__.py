@@ -1,4 +1,4 @@
-"""The command line: `python -m deepfake_utils find | collect | train | calibrate | score | evaluate | export | serve`.
+"""The command line: `python -m deepfake_utils find | collect | train | calibrate | score | evaluate | export | browser | serve`.
 
 Exit codes: 0 done; 1 done except for recordings that could not be read, each named on standard error;
 2 bad input, said in one line; 130 interrupted.
@@ -134,13 +134,41 @@ def parse_setting(text: str) -> tuple[str, object]:
 
 
 def export(options: argparse.Namespace) -> int:
-    """Write a countermeasure as ONNX and compare it with PyTorch."""
+    """Write a countermeasure as ONNX and compare it with PyTorch; or fitted to a kind of machine, with a card."""
     from deepfake_utils.scoring.onnx import export_onnx, parity_report
     from deepfake_utils.scoring.weights import load_model
 
+    if options.target:
+        return export_target(options)
     model = load_model(options.model, weights=options.weights)
     export_onnx(model, options.out)
     print(parity_report(options.out, model))
+    return DONE
+
+
+def export_target(options: argparse.Namespace) -> int:
+    """Write a countermeasure made smaller for a target, and beside it the card with what that cost."""
+    from deepfake_utils import corpora
+    from deepfake_utils.scoring.targets import build
+
+    if options.data is None or options.model:
+        raise ConfigError("--target needs --data, a corpus with train, dev and eval splits, and no --model")
+    corpus = corpora.find_corpora(options.data)[0]
+    protocols = {split: corpus.protocol(split) for split in ("train", "dev", "eval")}
+    card = build(options.target, options.weights, protocols, options.out, lambda line: print(line, file=sys.stderr))
+    print(json.dumps(card, indent=2))
+    for miss in card["misses"]:
+        print(f"note: not what {options.target} asks for: {miss}", file=sys.stderr)
+    return DONE
+
+
+def browser(options: argparse.Namespace) -> int:
+    """Assemble a page that judges recordings in the browser; any web server can serve the folder."""
+    from deepfake_utils.browser import assemble
+
+    folder = assemble(options.folder, options.weights, options.runtime)
+    print(f"to try it: {Path(sys.executable).name} -m http.server --directory {folder} --bind 127.0.0.1 8000")
+    print("and open http://127.0.0.1:8000; elsewhere the microphone needs https")
     return DONE
 
 
@@ -281,7 +309,7 @@ def build_parser() -> Parser:
     )
     commands = parser.add_subparsers(
         required=True,
-        metavar="find | collect | train | calibrate | score | evaluate | export | serve",
+        metavar="find | collect | train | calibrate | score | evaluate | export | browser | serve",
         parser_class=Parser,
     )
 
@@ -326,8 +354,9 @@ def build_parser() -> Parser:
     command.add_argument("audio", nargs="+", metavar="RECORDING", type=Path, help="a recording of any format, video "
                          "included; a folder, which is searched through; or - for standard input")  # fmt: skip
     weights = command.add_mutually_exclusive_group()
-    weights.add_argument("--weights", metavar="WEIGHTS", help="aasist or aasist-l (published, downloaded once), or a "
-                         "file: .safetensors, .pth or .onnx; default: those shipped with the package")  # fmt: skip
+    weights.add_argument("--weights", metavar="WEIGHTS", help="phone, tiny or laptop (shipped, made smaller), "
+                         "aasist or aasist-l (published, downloaded once), or a file: .safetensors, .pth or .onnx; "
+                         "default: those shipped with the package")  # fmt: skip
     weights.add_argument("--onnx", metavar="FILE", type=Path, help="an exported model; the same as --weights FILE.onnx")
     command.add_argument("--model", metavar="NAME", help="architecture, where no JSON beside the weights says it")
     command.add_argument("--use", choices=("call-centre", "moderation", "forensic"),
@@ -376,7 +405,20 @@ def build_parser() -> Parser:
     command.add_argument("out", metavar="FILE.onnx", type=Path, help="file to write")
     command.add_argument("--weights", metavar="FILE", type=Path, required=True, help="weights, as for score")
     command.add_argument("--model", metavar="NAME", help="architecture, where no JSON beside the weights says it")
+    command.add_argument("--target", choices=("server", "laptop", "phone", "tiny"),
+                         help="make it smaller for this kind of machine; its card is the .json beside it")  # fmt: skip
+    command.add_argument("--data", metavar="FOLDER", type=Path, help="with --target: the corpus whose train "
+                         "split gives the ranges of INT8, whose dev split the calibration, whose eval split the error "
+                         "rate")  # fmt: skip
     command.set_defaults(run=export)
+
+    command = commands.add_parser("browser", help="a page that judges in the browser", description=browser.__doc__)
+    command.add_argument("folder", metavar="FOLDER", type=Path, help="where the page goes")
+    command.add_argument("--weights", metavar="WEIGHTS", default="phone",
+                         help="phone (the default), tiny, or an .onnx file with its card")  # fmt: skip
+    command.add_argument("--runtime", metavar="DIR", type=Path,
+                         help="an unpacked onnxruntime-web package; default: npm fetches it")  # fmt: skip
+    command.set_defaults(run=browser)
     return parser
 
 

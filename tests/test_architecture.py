@@ -23,7 +23,7 @@ FLOORS = [
     {"demo"},
     {"augment", "collecting", "models"},
     {"scoring"},
-    {"training", "probing"},
+    {"training", "probing", "browser"},
     {"report"},
     {"serving"},
     {"__main__", "notebook"},

@@ -34,11 +34,11 @@ from deepfake_utils.scoring.score import SCORING_BATCH, find_audio, score_crops
 from deepfake_utils.scoring.speech import FALLBACK, is_by_loudness
 from deepfake_utils.scoring.stream import Stream
 from deepfake_utils.scoring.verdict import Judged, Verdict, verdict_row
-from deepfake_utils.scoring.weights import read_companion, weights_file
+from deepfake_utils.scoring.weights import ASSETS, read_companion, weights_file
 from deepfake_utils.scoring.windows import MIN_SPEECH_S, FirstWindow, Window, WindowCutter
 from deepfake_utils.waveforms.decode import iter_audio
 
-SHIPPED = Path(__file__).parents[1] / "assets" / "open.safetensors"
+SHIPPED = ASSETS / "open.safetensors"
 LOG_ODDS = "log-odds of real speech (natural logarithm, at even odds), higher is more real"
 
 UNCALIBRATED = "these weights are not calibrated: their scores have no threshold and no probability, only an order"
@@ -96,8 +96,9 @@ class Detector:
         """Load weights with all that a verdict needs.
 
         Args:
-            weights: None for those shipped with the package; "aasist" or "aasist-l" for published ones, downloaded
-                once; or a file: .safetensors, .pth, or a model exported as .onnx.
+            weights: None for those shipped with the package, "laptop", "phone" or "tiny" for the same made smaller;
+                "aasist" or "aasist-l" for published ones, downloaded once; or a file: .safetensors, .pth, or a model
+                exported as .onnx.
             model: the architecture, where neither a JSON beside the weights nor the tensors themselves tell.
             use: "call-centre", "moderation", "forensic", or a `Use` of your own: how common fakes are and what the
                 errors cost. None takes fake and real as equally likely and both errors as equally bad.

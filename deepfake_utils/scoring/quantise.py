@@ -60,6 +60,13 @@ def half_weights(path: str | os.PathLike, out: str | os.PathLike) -> Path:
     return _write(model, out)
 
 
+def compact(path: str | os.PathLike, out: str | os.PathLike) -> Path:
+    """Write an exported model without the names and shapes that only people need; it computes the same."""
+    import onnx
+
+    return _write(onnx.load(path), out)
+
+
 def quantise(
     path: str | os.PathLike, out: str | os.PathLike, windows: Iterable[np.ndarray], *, keep_float: Sequence[str] = ()
 ) -> Path:
@@ -181,6 +188,7 @@ def _write(model, out: str | os.PathLike) -> Path:
     short: dict[str, str] = {}
     for node in graph.node:
         node.ClearField("doc_string")
+        node.ClearField("name")
         for names in (node.input, node.output):
             names[:] = [
                 name if name in kept else short.setdefault(name, np.base_repr(len(short), 36)) for name in names

@@ -23,6 +23,14 @@ from deepfake_utils.models.layers import CMOutput
 from deepfake_utils.models.losses import WeightedCrossEntropy, build_loss
 from deepfake_utils.scoring.published import PUBLISHED, published_file
 
+ASSETS = Path(__file__).parents[1] / "assets"
+SHIPPED = {  # weights that come with the package, by the kind of machine they are fitted to
+    "server": ASSETS / "open.safetensors",
+    "laptop": ASSETS / "laptop.onnx",
+    "phone": ASSETS / "phone.onnx",
+    "tiny": ASSETS / "tiny.onnx",
+}
+
 # What wraps the tensors' names in a file: data-parallel training, torch.compile, Lightning and the like.
 _PREFIXES = ("module.", "_orig_mod.", "model.")
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "weights")  # entries that hold the tensors
@@ -153,7 +161,7 @@ def is_untrained(model: nn.Module) -> bool:
 
 
 def weights_file(weights: str | os.PathLike) -> Path:
-    """The file that `weights` means: itself, or that of published weights where it is their name.
+    """The file that `weights` means: itself, or that of shipped or published weights where it is their name.
 
     Raises:
         CheckpointError: there is no such file.
@@ -161,10 +169,13 @@ def weights_file(weights: str | os.PathLike) -> Path:
     path = Path(weights)
     if not path.exists() and str(weights) in PUBLISHED:
         return published_file(str(weights))
+    if not path.exists() and str(weights) in SHIPPED:
+        path = SHIPPED[str(weights)]
     if not path.is_file():
         what = "are a folder" if path.is_dir() else "do not exist"
         raise CheckpointError(
-            f"weights {path} {what}: expected a .safetensors, .pth or .onnx file, or one of {', '.join(PUBLISHED)}"
+            f"weights {path} {what}: expected a .safetensors, .pth or .onnx file, or one of "
+            f"{', '.join((*SHIPPED, *PUBLISHED))}"
         )
     return path
 

@@ -1,0 +1,206 @@
+"""The page in a real browser, on real files: the log-odds of Python, and nothing sent anywhere."""
+
+import asyncio
+import json
+import shutil
+import subprocess
+import threading
+import time
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from deepfake_utils.__main__ import main
+from deepfake_utils.browser import PAGE_FILES, RUNTIME_FILES, assemble
+from deepfake_utils.conventions import CheckpointError, ConfigError
+from deepfake_utils.demo.voice import draw_speaker, speak
+from deepfake_utils.scoring.detector import SHIPPED, Detector
+from deepfake_utils.waveforms.resample import resample
+
+FLAGS = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+    "--disable-background-networking", "--disable-component-update", "--remote-debugging-port=0",
+    "--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream",
+    "--autoplay-policy=no-user-gesture-required",
+)  # fmt: skip
+TIMEOUT_S = 180  # a machine may be busy
+
+
+class Handler(SimpleHTTPRequestHandler):
+    """A plain static server that keeps what was asked for."""
+
+    asked: list = []
+
+    def log_message(self, *_):
+        self.asked.append((self.command, self.path))
+
+
+class Browser:
+    """Chromium with one page, driven by its debugging protocol."""
+
+    def __init__(self, executable: str, profile: Path, *flags: str):
+        command = [executable, *FLAGS, *flags, f"--user-data-dir={profile}", "about:blank"]
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        port_file = profile / "DevToolsActivePort"
+        deadline = time.monotonic() + TIMEOUT_S
+        while not (port_file.is_file() and "\n" in port_file.read_text()):
+            assert time.monotonic() < deadline and self.process.poll() is None, "Chromium did not start"
+            time.sleep(0.1)
+        self.port, self.n = port_file.read_text().split()[0], 0
+        self.loop = asyncio.new_event_loop()
+        self.page = self.loop.run_until_complete(self._connect())
+
+    async def _connect(self):
+        from tornado.httpclient import AsyncHTTPClient
+        from tornado.websocket import websocket_connect
+
+        answer = await AsyncHTTPClient().fetch(f"http://127.0.0.1:{self.port}/json/list", request_timeout=TIMEOUT_S)
+        target = next(page for page in json.loads(answer.body) if page["type"] == "page")
+        return await websocket_connect(target["webSocketDebuggerUrl"], max_message_size=2**26)
+
+    def do(self, method: str, **parameters) -> dict:
+        """One command of the protocol and its result."""
+        self.n += 1
+
+        async def ask():
+            await self.page.write_message(json.dumps({"id": self.n, "method": method, "params": parameters}))
+            while (message := json.loads(await self.page.read_message())).get("id") != self.n:
+                pass
+            return message
+
+        message = self.loop.run_until_complete(asyncio.wait_for(ask(), TIMEOUT_S))
+        assert "error" not in message, message
+        return message["result"]
+
+    def value(self, expression: str):
+        """What JavaScript in the page comes to."""
+        found = self.do("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
+        assert "exceptionDetails" not in found, found
+        return found["result"].get("value")
+
+    def wait_for(self, expression: str):
+        """The first value of an expression that is true."""
+        deadline = time.monotonic() + TIMEOUT_S
+        while not (value := self.value(expression)):
+            assert time.monotonic() < deadline, f"{expression}; the page says {self.value('document.body.innerText')}"
+            time.sleep(0.2)
+        return value
+
+    def judge(self, path: Path) -> dict:
+        """The page's result for a file."""
+        self.value("window.result = null")
+        node = self.do("DOM.querySelector", nodeId=self.do("DOM.getDocument")["root"]["nodeId"], selector="#file")
+        self.do("DOM.setFileInputFiles", files=[str(path)], nodeId=node["nodeId"])
+        return self.wait_for("window.result")
+
+    def close(self):
+        self.loop.run_until_complete(_closed(self.page))
+        self.loop.close()
+        self.process.terminate()
+        self.process.wait(TIMEOUT_S)
+
+
+async def _closed(page):
+    page.close()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    if shutil.which("npm") is None:
+        pytest.skip("npm is not installed: the page's runtime cannot be fetched")
+    folder = tmp_path_factory.mktemp("page")
+    try:
+        return assemble(folder)
+    except ConfigError as error:
+        if "npm pack" in str(error):
+            pytest.skip(f"the page's runtime cannot be fetched: {error}")
+        raise
+
+
+@pytest.fixture(scope="module")
+def browser(folder, tmp_path_factory):
+    executable = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if executable is None:
+        pytest.skip("Chromium is not installed")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=folder))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    heard = tmp_path_factory.mktemp("heard") / "microphone.wav"
+    soundfile.write(heard, resample(babble(6), 16_000), 16_000)
+    browser = Browser(executable, tmp_path_factory.mktemp("profile"), f"--use-file-for-fake-audio-capture={heard}")
+    try:
+        browser.do("Page.navigate", url=f"http://127.0.0.1:{server.server_address[1]}/")
+        browser.wait_for("document.getElementById('file') && !document.getElementById('file').disabled")
+        yield browser
+    finally:
+        browser.close()
+        server.shutdown()
+
+
+def babble(duration_s: float, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    sound = speak(draw_speaker(rng), int(16_000 * duration_s), rng)
+    return 0.5 * sound / np.abs(sound).max()
+
+
+def same_as_python(page: dict, path: Path) -> int:
+    """Compare the page's windows with the detector's; how many there are."""
+    expected = Detector.load("phone")(path)
+    assert [window["startS"] for window in page["windows"]] == pytest.approx([w.start_s for w in expected.windows])
+    found = np.array([window["logOdds"] for window in page["windows"]])
+    assert np.abs(found - [window.log_odds for window in expected.windows]).max(initial=0) < 1e-3
+    assert page["word"] == expected.verdict
+    return len(found)
+
+
+def test_real_files_get_the_log_odds_of_python(browser, reference_data):
+    files = sorted((reference_data / "asvspoof2019_subset").rglob("*.flac"))[::60][:3]
+    assert sum(same_as_python(browser.judge(path), path) for path in files) >= len(files)
+    assert browser.value("document.getElementById('timeline').hidden") is False
+
+
+@pytest.mark.parametrize(
+    "rate_hz, n_channels, subtype", [(48_000, 2, "PCM_24"), (44_100, 1, "PCM_16"), (8_000, 1, "FLOAT")]
+)
+def test_any_rate_and_number_of_channels(browser, tmp_path, rate_hz, n_channels, subtype):
+    path = tmp_path / f"{rate_hz}.wav"
+    sound = np.interp(np.arange(int(9 * rate_hz)) * 16_000 / rate_hz, np.arange(9 * 16_000), babble(9))
+    soundfile.write(path, np.stack([sound, 0.5 * sound][:n_channels], axis=1), rate_hz, subtype=subtype)
+    same_as_python(browser.judge(path), path)
+
+
+def test_silence_gets_no_verdict_and_what_is_no_audio_an_error(browser, tmp_path):
+    soundfile.write(tmp_path / "silence.wav", np.zeros(80_000), 16_000)
+    assert browser.judge(tmp_path / "silence.wav")["word"] == "no verdict"
+    (tmp_path / "text.wav").write_text("no audio")
+    assert browser.judge(tmp_path / "text.wav")["error"]
+    assert "did not work" in browser.value("document.getElementById('state').textContent")
+
+
+def test_the_microphone_is_heard(browser):
+    browser.value("window.result = null")
+    browser.value("document.getElementById('microphone').click()")
+    browser.wait_for("document.getElementById('microphone').textContent == 'Stop'")
+    time.sleep(6)
+    browser.value("document.getElementById('microphone').click()")
+    result = browser.wait_for("window.result")
+    assert result["name"] == "microphone" and "error" not in result
+
+
+def test_only_the_page_itself_was_asked_for(browser):
+    assert {command for command, _ in Handler.asked} == {"GET"}
+    known = {"/", "/favicon.ico", *(f"/{name}" for name in (*PAGE_FILES, *RUNTIME_FILES))}
+    assert {path for _, path in Handler.asked} <= known | {"/model.onnx", "/model.json", "/speech.onnx"}
+    refused = "fetch('http://localhost:9/', {method: 'POST', body: 'x'}).then(() => 'sent', (problem) => 'refused')"
+    assert browser.value(refused) == "refused"
+
+
+def test_what_cannot_be_assembled_is_refused_in_words(tmp_path, capsys):
+    with pytest.raises(CheckpointError, match="card beside it"):
+        assemble(tmp_path / "page", SHIPPED)
+    assert main(["browser", str(tmp_path / "page"), "--runtime", str(tmp_path)]) == 2
+    assert "no onnxruntime-web package" in capsys.readouterr().err
+    assert not (tmp_path / "page").exists()
