@@ -1,4 +1,4 @@
-"""The command line: `python -m deepfake_utils find | collect | train | calibrate | score | evaluate | export | browser | serve`.
+"""The command line: `python -m deepfake_utils COMMAND`, of find, collect, train, calibrate, score and so on.
 
 Exit codes: 0 done; 1 done except for recordings that could not be read, each named on standard error;
 2 bad input, said in one line; 130 interrupted.

@@ -6,6 +6,7 @@ import pytest
 
 from deepfake_utils.models.sinc import SincFilters
 from deepfake_utils.report import plots
+from deepfake_utils.report.tables import artefact_table
 
 
 def test_filter_responses_peak_inside_their_bands():
@@ -66,3 +67,22 @@ def test_model_comparison_puts_error_against_time_with_intervals():
     spans = [container.lines[2][0].get_segments()[0][:, 1].tolist() for container in axis.containers]
     assert spans == [pytest.approx([5, 20]), pytest.approx([40, 60])]
     assert [text.get_text() for text in axis.get_legend().get_texts()] == ["a coin", "small, 0.3 M", "large, 18 M"]
+
+
+def test_artefacts_are_drawn_by_time_and_by_size():
+    table = pd.DataFrame(
+        {
+            "family": ["a", "a"], "numbers": ["float32", "int8"], "bytes": [2_000_000, 500_000], "ms": [8.0, 4.0],
+            "eer": [0.2, 0.21], "low": [0.1, 0.11], "high": [0.3, 0.31], "lost": [np.nan, 0.01],
+        },
+        index=["a (float32)", "a (int8)"],
+    )  # fmt: skip
+    times, sizes = plots.artefact_costs(table).axes
+    for axis, expected in ((times, [8, 4]), (sizes, [2, 0.5])):
+        points = [container.lines[0].get_xydata()[0].tolist() for container in axis.containers]
+        assert points == [pytest.approx([expected[0], 20]), pytest.approx([expected[1], 21])]
+    colours = {container.lines[0].get_color() for container in times.containers}
+    assert len(colours) == 1 and "MB" in sizes.get_xlabel() and "ms" in times.get_xlabel()
+    shown = artefact_table(table)
+    assert shown["points lost"].tolist() == ["-", "+1.00"] and shown["x real time"].tolist() == ["505", "1,009"]
+    assert shown["interval"][1] == "11.00 to 31.00" and shown["MB"].tolist() == ["2.000", "0.500"]

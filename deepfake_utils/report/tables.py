@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pandas as pd
 
+from deepfake_utils.conventions import CROP_SAMPLES, SAMPLE_RATE_HZ
 from deepfake_utils.evaluation.calibration import PRESETS
 
 HEADLINES = {  # name in the result -> (title, factor, digits, what it is)
@@ -243,4 +244,26 @@ def cost_table(uses: dict, judged: dict[str, dict]) -> pd.DataFrame:
             "without listening": f"{row['blind']:.3g}",
             "least possible": f"{row['least']:.3g}",
         })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def artefact_table(artefacts: pd.DataFrame) -> pd.DataFrame:
+    """One row an artefact: size, time, EER with interval, what its numbers cost against float32.
+
+    Args:
+        artefacts: index the name; columns numbers, bytes, ms, eer, low, high, lost (fractions; lost may be NaN).
+    """
+    rows = [
+        {
+            "artefact": name,
+            "numbers": row["numbers"],
+            "MB": f"{row['bytes'] / 1e6:.3f}",
+            "ms a window": f"{row['ms']:.1f}",
+            "x real time": f"{1000 * CROP_SAMPLES / SAMPLE_RATE_HZ / row['ms']:,.0f}",
+            "EER %": percent(row["eer"]),
+            "interval": percent_interval([row["low"], row["high"]]),
+            "points lost": "-" if pd.isna(row["lost"]) else f"{100 * row['lost']:+.2f}",
+        }
+        for name, row in artefacts.iterrows()
+    ]
     return pd.DataFrame(rows)

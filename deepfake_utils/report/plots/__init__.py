@@ -25,6 +25,7 @@ from deepfake_utils.report.plots.basic import (
 )
 from deepfake_utils.report.plots.decisions import costs_of_uses, envelope, push_times, timeline
 from deepfake_utils.report.plots.models import (
+    artefact_costs,
     cepstra,
     cutoff_moves,
     filter_responses,
@@ -34,6 +35,7 @@ from deepfake_utils.report.plots.models import (
 
 __all__ = [
     "agreement",
+    "artefact_costs",
     "attack_bars",
     "cepstra",
     "clip_under_the_lens",

@@ -125,3 +125,31 @@ def model_comparison(table: pd.DataFrame) -> Figure:
         frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5), title="model, parameters"
     )
     return figure
+
+
+def artefact_costs(artefacts: pd.DataFrame) -> Figure:
+    """Error against time and against size, side by side: one point an artefact, with the interval of its error.
+
+    Args:
+        artefacts: as for `tables.artefact_table`; rows with one `family` share a colour, numbers set the marker.
+    """
+    figure, axes = new_figure(1, 2, size=(10.5, 4.4), sharey=True)
+    families, kinds = list(dict.fromkeys(artefacts["family"])), list(dict.fromkeys(artefacts["numbers"]))
+    colours = [colour for colour in PALETTE if colour != YELLOW]
+    for axis, column, unit in ((axes[0], "ms", 1.0), (axes[1], "bytes", 1e-6)):
+        for name, row in artefacts.iterrows():
+            spread = 100 * np.array([[row["eer"] - row["low"]], [row["high"] - row["eer"]]]).clip(0)
+            axis.errorbar(
+                unit * row[column], 100 * row["eer"], yerr=spread, label=name, capsize=2, linestyle="", markersize=7,
+                elinewidth=0.8, color=colours[families.index(row["family"]) % len(colours)],
+                marker=MARKERS[kinds.index(row["numbers"])],
+            )  # fmt: skip
+        axis.set(xscale="log", ylim=(0, None))
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.axhline(50, color="0.6", linewidth=0.8, linestyle=":")
+    axes[0].set(xlabel="ms a window of 4 s, one core", ylabel="EER (%), 95 % interval; dotted: a coin")
+    axes[1].set(xlabel="size (MB)")
+    axes[1].legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
