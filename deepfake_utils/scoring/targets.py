@@ -40,7 +40,7 @@ PER_FAMILY = 20  # recordings of each family of each source that are evaluated
 N_RANGES = 64  # windows of train over which the ranges of activations are taken
 N_RANGES_ALONE = 16  # where a layer is quantised alone, to rank it
 N_CHECKED = 64  # windows of dev on which each layer is quantised alone
-MAX_RMS = 0.1  # of the difference of a log-odds: more layers stay float until it is no more
+MAX_RMS = 0.06  # of the difference of a log-odds: more layers stay float until it is no more
 MAX_LOSS = 0.005  # of EER, that quantisation may cost
 UNSURE = 0.1  # share of either class that may lie on the wrong side of the uncertain band
 
