@@ -637,6 +637,26 @@ def test_a_playlist_opens_nothing(tmp_path):
             read_audio(path)
 
 
+def test_decoders_leave_standard_error_alone(capfd):
+    """mpg123, within libsndfile, writes of an MP3 whose header counts other bytes than there are."""
+    counted = encoded(speech_for(16_000, 6.0), 16_000, "libmp3lame", "mp3")
+    for content in (counted[: len(counted) // 2], counted + counted):
+        assert len(read_audio(content, notes=[])) > 40_000
+        assert audio_info(content).rate_hz == 16_000
+    assert capfd.readouterr() == ("", "")
+
+
+def test_mp3_without_pyav_is_read_as_far_as_its_header_counts(monkeypatch, tmp_path):
+    counted = encoded(speech_for(16_000), 16_000, "libmp3lame", "mp3")
+    aac = encoded(speech_for(16_000), 16_000, "aac", "adts")
+    monkeypatch.setitem(sys.modules, "av", None)
+    assert len(with_note(counted, "without PyAV .pip install av.")) == pytest.approx(64_000, abs=2_400)
+    assert audio_info(counted).duration_s == pytest.approx(4.0, abs=0.2)
+    for read in (read_audio, audio_info):
+        with pytest.raises(AudioError, match="PyAV, which may be able to, is not installed: pip install av"):
+            read(aac)
+
+
 # Channels, memory
 
 

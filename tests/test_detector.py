@@ -234,6 +234,22 @@ def test_live_audio_in_chunks_of_any_size_gives_the_windows_of_the_whole(sizes, 
     assert stream.verdict.log_odds == pytest.approx(whole.log_odds, abs=1e-4)
 
 
+@pytest.mark.parametrize("rate_hz", [16_000, 44_100])
+def test_channels_that_cancel_are_told_in_a_stream_as_in_a_file(loud_is_speech, tmp_path, rate_hz):
+    """Like channels for 1.5 s, then of opposite polarity, in chunks of 70 ms."""
+    left = np.full(int(9.3 * rate_hz), 0.2)
+    right = np.where(np.arange(len(left)) < 1.5 * rate_hz, left, -1.1 * left)
+    soundfile.write(tmp_path / "both.wav", np.stack([left, right], axis=1), rate_hz, subtype="FLOAT")
+    file, stream, windows = detector()(tmp_path / "both.wav"), detector().stream(rate_hz), []
+    recording = np.stack([left, right], axis=1).astype(np.float32)
+    for start in range(0, len(recording), int(0.07 * rate_hz)):
+        windows += stream.push(recording[start : start + int(0.07 * rate_hz)])
+    windows += stream.finish()
+    assert tuple(windows) == file.windows and len(windows) == 4
+    assert any("cancel each other (opposite polarity): from 2 s on channel 2" in note for note in file.warnings)
+    assert stream.verdict.warnings == file.warnings
+
+
 def test_a_stream_keeps_a_window_and_no_more(loud_is_speech):
     stream = detector().stream(16_000)
     for _ in range(100):
@@ -247,7 +263,8 @@ def test_chunks_in_int16_and_stereo_are_taken_and_others_refused(loud_is_speech)
     whole = detector()(np.full(48_000, 8_192, np.int16), 16_000)
     stereo = detector()(np.stack([level(3, 0.2), level(3, 0.3)], axis=1), 16_000)
     assert whole.log_odds == floats.log_odds and stereo.log_odds == pytest.approx(floats.log_odds, abs=1e-4)
-    for bad in (np.zeros(5, np.int64), np.zeros((2, 2, 2)), np.array([np.nan])):
+    for bad in (np.zeros(5, np.int64), np.zeros((2, 2, 2)), np.array([np.nan]), np.zeros((2, 48_000)), np.zeros((9, 0)),
+                np.full(5, 12_000.0)):  # fmt: skip
         with pytest.raises(AudioError):
             detector().stream(16_000).push(bad)
     with pytest.raises(AudioError, match="sample_rate_hz"):

@@ -1,6 +1,7 @@
 """Scoring: order, lengths, contracts, and recordings that cannot be read."""
 
 import time
+import tracemalloc
 import warnings
 
 import numpy as np
@@ -82,6 +83,21 @@ def test_files_and_protocols_hear_the_same_numbers(tmp_path):
     files = score_files(paths, model, device="cpu", progress=None)["score"]
     protocol = score_protocol(model, protocol_of(paths), device="cpu", progress=None)["score"]
     assert files.tolist() == protocol.tolist() and files.between(2.9e-5, 3.1e-5).all()
+
+
+def test_a_long_recording_takes_no_more_memory_than_its_beginning(tmp_path):
+    path = tmp_path / "long.flac"
+    with soundfile.SoundFile(path, "w", 16_000, 1, "PCM_16") as sound:
+        for _ in range(15):
+            sound.write(np.full(60 * 16_000, 0.25))
+    tracemalloc.start()
+    try:
+        table = score_files(path, MeanLevel(), device="cpu", progress=None)
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert table["duration_s"].tolist() == [900] and table["score"].tolist() == [0.25]
+    assert peak_bytes < 20 * 2**20, "the whole would be 58 MB"
 
 
 def test_an_unreadable_trial_is_named(recordings, tmp_path):

@@ -280,16 +280,27 @@ def _scored_files(model, paths, n_samples, batch_size, device, progress) -> Iter
     def first_crops() -> Iterator[tuple[_ScoredFile, np.ndarray | None]]:
         for path in paths:
             try:
-                waveform = audio.read_audio(path)
+                waveform, duration_s = _beginning(path, n_samples)
             except AudioError as error:
                 yield _ScoredFile(path, problem=str(error)), None
             else:
-                yield _ScoredFile(path, len(waveform) / SAMPLE_RATE_HZ), audio.fit_length(waveform, n_samples)
+                yield _ScoredFile(path, duration_s), audio.fit_length(waveform, n_samples)
 
     with tqdm(total=len(paths), desc=progress, unit="file", disable=progress is None, leave=False) as bar:
         for file, logits in score_crops(model, first_crops(), batch_size=batch_size, device=device):
             bar.update()
             yield file._replace(logits=logits)
+
+
+def _beginning(path: Path, n_samples: int) -> tuple[np.ndarray, float]:
+    """The first samples of a recording and its length in seconds; the rest is decoded, for damage, and not kept."""
+    kept, n_kept, n_decoded = [], 0, 0
+    for block in audio.iter_audio(path):
+        if n_kept < n_samples:
+            kept.append(block[: n_samples - n_kept].copy())
+            n_kept += len(kept[-1])
+        n_decoded += len(block)
+    return np.concatenate(kept), n_decoded / SAMPLE_RATE_HZ
 
 
 def find_audio(paths: str | os.PathLike | Iterable[str | os.PathLike]) -> list[Path]:

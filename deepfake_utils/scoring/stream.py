@@ -11,14 +11,18 @@ import torch
 from deepfake_utils.conventions import AudioError
 from deepfake_utils.scoring.score import forward
 from deepfake_utils.waveforms.decode import MAX_RATE_HZ, MIN_RATE_HZ, from_int16
+from deepfake_utils.waveforms.mixing import Mixer
 from deepfake_utils.waveforms.resample import Resampler
+
+MAX_CHANNELS = 64  # more are samples: (channels, n)
 
 
 class Stream:
     """Takes chunks of any size, gives each window of speech as it completes; made by `Detector.stream`.
 
     The windows and numbers are those of the same recording read from a file. Memory does not grow but by what is kept
-    of each judged window (48 bytes every 2 s); the first answer comes when 4.04 s have arrived and hold speech.
+    of each judged window (48 bytes every 2 s). The first answer comes when 4.04 s have arrived and hold speech; of
+    several channels when 5 s have, because whether they cancel each other is decided second by second.
 
     Attributes:
         windows: those judged so far.
@@ -27,22 +31,29 @@ class Stream:
     def __init__(self, detector, sample_rate_hz: int):
         self.windows = []
         self._detector, self._cutter = detector, detector.cutter()
-        self._resampler = Resampler(_checked_rate(sample_rate_hz))
+        self._rate_hz = _checked_rate(sample_rate_hz)
+        self._notes: list[str] = []
+        self._mixer = Mixer("the waveform", self._notes.append)
+        self._resampler = Resampler(self._rate_hz)
 
     def push(self, samples: np.ndarray) -> list:
         """Samples (n,) or (n, channels), float in [-1, 1] or int16 -> the windows they complete, judged."""
-        return self._take(self._resampler.push(_mono(samples)))
+        return self._take(self._mixer.push(_checked(samples), self._rate_hz))
 
     def finish(self) -> list:
         """The end: the window that ends with the recording, where the others leave some of it out."""
-        return self._take(self._resampler.finish()) + self._judged(self._cutter.finish())
+        found = self._take(self._mixer.finish())
+        return found + self._cut(self._resampler.finish()) + self._judged(self._cutter.finish())
 
     @property
     def verdict(self):
         """The verdict on what has arrived so far."""
-        return self._detector.sum_up(self.windows, self._cutter, None)
+        return self._detector.sum_up(self.windows, self._cutter, None, self._notes)
 
-    def _take(self, samples: np.ndarray) -> list:
+    def _take(self, mixed) -> list:
+        return [window for mono, _ in mixed for window in self._cut(self._resampler.push(mono))]
+
+    def _cut(self, samples: np.ndarray) -> list:
         return self._judged(self._cutter.push(np.clip(samples, -1.0, 1.0).astype(np.float32)))
 
     def _judged(self, windows) -> list:
@@ -87,7 +98,8 @@ def _checked_rate(rate_hz: int) -> int:
     return int(rate_hz)
 
 
-def _mono(samples) -> np.ndarray:
+def _checked(samples) -> np.ndarray:
+    """Samples (n, channels) float."""
     samples = np.asarray(samples)
     if samples.dtype == np.int16:
         samples = from_int16(samples)
@@ -96,6 +108,9 @@ def _mono(samples) -> np.ndarray:
             f"samples of type {samples.dtype} and shape {samples.shape}: expected float in [-1, 1] or int16, "
             "(n,) or (n, channels)"
         )
-    if not np.isfinite(samples).all():
-        raise AudioError("the samples hold NaN or infinite values")
-    return samples if samples.ndim == 1 else samples.mean(axis=1)
+    if samples.ndim == 2 and not 1 <= samples.shape[1] <= MAX_CHANNELS:
+        raise AudioError(
+            f"samples of shape {samples.shape} would be {samples.shape[1]} channels: expected (n, channels), 1 to "
+            f"{MAX_CHANNELS} of them; transpose samples that are (channels, n)"
+        )
+    return samples[:, None] if samples.ndim == 1 else samples

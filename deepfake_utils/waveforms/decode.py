@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import closing
-from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
 
 from deepfake_utils.conventions import SAMPLE_RATE_HZ, AudioError
-from deepfake_utils.waveforms.decoders import BLOCK_S, BLOCK_SAMPLES, decode, read_header
+from deepfake_utils.waveforms.decoders import decode, read_header
+from deepfake_utils.waveforms.mixing import Mixer
 from deepfake_utils.waveforms.recording import AudioFile, AudioWarning, Recording, name_of, opened
 from deepfake_utils.waveforms.resample import Resampler, resample
 
@@ -32,8 +32,6 @@ __all__ = [
 ]
 
 MIN_RATE_HZ, MAX_RATE_HZ = 4_000, 768_000  # below is no speech, above is no header to believe
-MAX_PEAK = 16.0  # full scale is 1; lossy decoders overshoot it a little, integers stored as floats by far more
-CANCELLED = 0.1  # of the power that unrelated channels would leave in their average: below, they cancel each other
 
 
 class AudioInfo(NamedTuple):
@@ -206,50 +204,16 @@ def _regroup(blocks: Iterable[np.ndarray], n_wanted: int) -> Iterator[np.ndarray
 
 
 def _mixed(recording: Recording, decoded: Iterator[tuple[np.ndarray, int]]) -> Iterator[tuple[np.ndarray, int]]:
-    """Mono blocks and their rate, from blocks (n, channels) float32 and theirs; a change of either is followed.
-
-    What is decided from the sound, whether channels cancel, is decided on blocks that depend on nothing but the file.
-    """
-    loudest, n_before_s = None, 0.0
-    for (n_channels, rate_hz), blocks in _runs(decoded):
+    """Mono blocks and their rate, from blocks (n, channels) float32 and theirs; a change of either is followed."""
+    mixer = Mixer(recording.name, recording.say)
+    for block, rate_hz in decoded:
         if not MIN_RATE_HZ <= rate_hz <= MAX_RATE_HZ:
             raise AudioError(
                 f"{recording.name} states a sampling rate of {rate_hz} Hz; expected {MIN_RATE_HZ} to {MAX_RATE_HZ} Hz: "
                 "its header is wrong, write the file again with its true rate"
             )
-        n_mixed = max(1, min(int(BLOCK_S * rate_hz), BLOCK_SAMPLES // n_channels))
-        for block in _regroup(blocks, n_mixed):
-            _refuse_impossible(recording.name, block)
-            mono = block[:, 0] if n_channels == 1 else block.mean(axis=1, dtype=np.float64)
-            if n_channels > 1 and loudest is None:
-                power = np.square(block, dtype=np.float64).mean(axis=0)
-                if np.square(mono).mean() < CANCELLED * power.sum() / n_channels**2:
-                    loudest = int(power.argmax())
-                    recording.say(
-                        f"averaged, its {n_channels} channels cancel each other (opposite polarity): from "
-                        f"{n_before_s:.0f} s on channel {loudest + 1}, the loudest, stands for all"
-                    )
-            if loudest is not None and loudest < n_channels:
-                mono = block[:, loudest]
-            n_before_s += len(block) / rate_hz
-            yield mono, rate_hz
-
-
-def _runs(decoded: Iterator[tuple[np.ndarray, int]]) -> Iterator[tuple[tuple[int, int], Iterator[np.ndarray]]]:
-    """Blocks grouped by their number of channels and rate, which may change where files were joined."""
-    for kind, group in groupby(decoded, lambda pair: (pair[0].shape[1], pair[1])):
-        yield kind, (block for block, _ in group)
-
-
-def _refuse_impossible(name: str, block: np.ndarray) -> None:
-    peak = float(max(block.max(), -block.min()))  # NaN and infinities come through
-    if not math.isfinite(peak):
-        raise AudioError(f"{name} holds NaN or infinite samples; it was written by a faulty process, convert it again")
-    if peak > MAX_PEAK:
-        raise AudioError(
-            f"{name} has samples up to {peak:g}, expected [-1, 1]: it seems to store integers as floats, "
-            "divide them by full scale (32768 for 16 bits) and write it again"
-        )
+        yield from mixer.push(block, rate_hz)
+    yield from mixer.finish()
 
 
 def _at_16_khz(recording: Recording, blocks: Iterator[tuple[np.ndarray, int]]) -> Iterator[np.ndarray]:

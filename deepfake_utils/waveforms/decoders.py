@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
 
 import numpy as np
@@ -43,8 +43,8 @@ def decode(recording: Recording) -> Iterator[tuple[np.ndarray, int]]:
         return
     n_done, reason = 0, None
     try:
-        with _soundfile(recording) as sound:
-            if not _is_stream(sound):
+        with nullcontext() if _begins_as_mpeg(recording) else _soundfile(recording) as sound:
+            if sound is not None and not _is_stream(sound):
                 for block in _soundfile_blocks(sound):
                     n_done += len(block)
                     yield block, sound.samplerate
@@ -59,9 +59,7 @@ def decode(recording: Recording) -> Iterator[tuple[np.ndarray, int]]:
     except _NoPyAV as error:
         if reason is not None:
             raise AudioError(f"{error} [libsndfile: {reason}]") from None
-        recording.say("without PyAV (pip install av) MP3 and Ogg are read only to the length that a header estimates")
-        with _soundfile(recording) as sound:
-            yield from ((block, sound.samplerate) for block in _soundfile_blocks(sound))
+        yield from _estimated_blocks(recording, error)
     except AudioError as error:
         raise AudioError(f"{error} [libsndfile: {reason}]" if reason else str(error)) from None
 
@@ -72,15 +70,18 @@ def read_header(recording: Recording) -> tuple[int, int, bool]:
     Raises:
         AudioError: no decoder recognises it.
     """
+    if not _begins_as_mpeg(recording):
+        with suppress(*_SOUNDFILE_ERRORS):
+            return _soundfile_header(recording)
     try:
-        with _soundfile(recording) as sound:
-            return sound.frames, sound.samplerate, not _is_stream(sound)
-    except _SOUNDFILE_ERRORS:
-        pass
-    with _pyav_container(recording) as container:
-        stream = container.streams.audio[0]
-        seconds = stream.duration * stream.time_base if stream.duration else (container.duration or 0) / 1_000_000
-        return int(seconds * stream.rate), stream.rate, False
+        with _pyav_container(recording) as container:
+            stream = container.streams.audio[0]
+            seconds = stream.duration * stream.time_base if stream.duration else (container.duration or 0) / 1_000_000
+            return int(seconds * stream.rate), stream.rate, False
+    except _NoPyAV:
+        with suppress(*_SOUNDFILE_ERRORS):
+            return _soundfile_header(recording)
+        raise
 
 
 def _without_first(n_samples: int, blocks: Iterator[tuple[np.ndarray, int]]) -> Iterator[tuple[np.ndarray, int]]:
@@ -100,9 +101,31 @@ def _soundfile(recording: Recording):
     return soundfile.SoundFile(target, closefd=False)
 
 
+def _begins_as_mpeg(recording: Recording) -> bool:
+    """MP3 or AAC by its first bytes, where libsndfile has nothing to add but warnings on standard error."""
+    recording.file.seek(0)
+    head = recording.file.read(3)
+    return head == b"ID3" or (len(head) == 3 and head[0] == 0xFF and head[1] >= 0xE0)
+
+
+def _soundfile_header(recording: Recording) -> tuple[int, int, bool]:
+    with _soundfile(recording) as sound:
+        return sound.frames, sound.samplerate, not _is_stream(sound)
+
+
 def _is_stream(sound) -> bool:
     """MP3 and Ogg: libsndfile reads no further than the length it has estimated."""
     return sound.format in ("OGG", "MP3") or sound.subtype.startswith("MPEG")
+
+
+def _estimated_blocks(recording: Recording, problem: _NoPyAV) -> Iterator[tuple[np.ndarray, int]]:
+    """MP3 and Ogg as libsndfile has them, for want of PyAV."""
+    try:
+        with _soundfile(recording) as sound:
+            recording.say("without PyAV (pip install av) MP3 and Ogg are read only to the length a header estimates")
+            yield from ((block, sound.samplerate) for block in _soundfile_blocks(sound))
+    except _SOUNDFILE_ERRORS as error:
+        raise AudioError(f"{problem} [libsndfile: {error}]") from None
 
 
 def _soundfile_blocks(sound) -> Iterator[np.ndarray]:
