@@ -273,7 +273,7 @@ def table(result: Mapping) -> str:
     """The figures of `evaluation.evaluate` for a terminal, rates in percent."""
     from deepfake_utils.report import tables
 
-    speakers = f", {result['n_speakers']:,} speakers" if result["n_speakers"] else ""
+    speakers = f", {result['n_speakers']:,} speaker{'s' * (result['n_speakers'] > 1)}" if result["n_speakers"] else ""
     lines = [
         f"scores     {result['score_dialect']}; higher is more {result['higher_is']} in the file",
         f"trials     {result['n_bonafide']:,} bona fide, {result['n_spoof']:,} spoof{speakers}",

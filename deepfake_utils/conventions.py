@@ -25,7 +25,8 @@ SPLITS = ("train", "dev", "eval")
 
 _LABEL_WORDS = {  # letters only
     **dict.fromkeys(("bonafide", "real", "genuine", "human", "authentic"), BONAFIDE),
-    **dict.fromkeys(("spoof", "spoofed", "fake", "deepfake", "synthetic", "generated"), SPOOF),
+    **dict.fromkeys(("spoof", "spoofed", "fake", "deepfake", "synthetic", "synthesized", "generated"), SPOOF),
+    **dict.fromkeys(("ai", "aigenerated"), SPOOF),
 }
 
 

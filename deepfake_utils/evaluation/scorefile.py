@@ -113,6 +113,11 @@ def _columns_of(rows: Rows) -> tuple[list[str], int]:
         )
     if len(first) == 3 and (label_of(first[2]) is not None or (first[2] in "01" and "." in first[1])):
         return list(_KEY_LAST), 0
+    if len(first) == 3 and rows.separator == "whitespace" and label_of(first[1]) is None and not first[1].isdigit():
+        raise ScoreError(
+            f"{rows.at(0)}: unknown label {first[1]!r}, expected bonafide or spoof; if names hold spaces, separate the "
+            "columns by tabs or commas"
+        )
     return list(_HEADERLESS[len(first)]), 0
 
 
@@ -128,9 +133,10 @@ def _without_repetitions(frame: pd.DataFrame, rows: Rows) -> tuple[pd.DataFrame,
             f"{rows.at(row)}: {frame['utterance'][row]!r} has another score already ({int(differs.sum())} such in "
             "all); every trial needs exactly one score"
         )
+    several = f"{int(repeated.sum()):,} lines repeat" if repeated.sum() > 1 else "a line repeats"
     note = (
-        f"{rows.path}: {int(repeated.sum()):,} lines repeat a trial with the same score, the first on line "
-        f"{rows.numbers[repeated.idxmax()]}; each trial is counted once"
+        f"{rows.path}: {several} a trial with the same score, the first on line {rows.numbers[repeated.idxmax()]}; "
+        "each trial is counted once"
     )
     return frame[~repeated], (note,)
 
@@ -232,17 +238,20 @@ def read_asv_scores(path: str | os.PathLike) -> pd.DataFrame:
 
 def _parse_scores(rows: Rows, texts: pd.Series) -> np.ndarray:
     """Scores as finite float64; decimal commas where the separator leaves room for them and all have one."""
+    plain = texts
     if rows.separator != "comma" and texts.map(is_decimal_comma).any():
-        texts = texts.str.replace(",", ".", regex=False)
+        plain = texts.where(~texts.str.contains(".", regex=False), "")  # a point would separate thousands, or not
+        plain = plain.str.replace(",", ".", regex=False)
     try:
-        scores = texts.to_numpy(dtype=object).astype(np.float64)
+        scores = plain.to_numpy(dtype=object).astype(np.float64)
     except ValueError:
-        scores = pd.to_numeric(texts, errors="coerce").to_numpy(np.float64)
-    bad = np.flatnonzero(~np.isfinite(scores))
+        scores = pd.to_numeric(plain, errors="coerce").to_numpy(np.float64)
+    bad = np.flatnonzero(~np.isfinite(scores) | texts.str.contains("_", regex=False))
     if bad.size:
         raise ScoreError(
             f"{rows.at(texts.index[bad[0]])}: score {texts.iloc[bad[0]]!r} is not a finite number ({bad.size} such in "
-            "all); the score is the last column, or the one that a header names `score`"
+            "all); the score is the last column, or the one that a header names `score`; decimals have a point or a "
+            "comma, not both"
         )
     return scores
 
