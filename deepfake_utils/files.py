@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import os
+import re
 import tempfile
 import zlib
 from collections import Counter
@@ -287,10 +288,9 @@ def _separator_of(line: str) -> str:
 
 
 def is_decimal_comma(text: str) -> bool:
-    """Whether a text is a number with a decimal comma.
+    """Whether a text is a number with a decimal comma; points may group its thousands.
 
-    >>> is_decimal_comma("-1,25"), is_decimal_comma("LA_E_1,5")
-    (True, False)
+    >>> is_decimal_comma("-1,25"), is_decimal_comma("1.250,5"), is_decimal_comma("LA_E_1,5")
+    (True, True, False)
     """
-    whole, comma, fraction = text.lstrip("+-").partition(",")
-    return bool(comma) and whole.isdigit() and fraction.lower().replace("e-", "", 1).replace("e", "", 1).isdigit()
+    return re.fullmatch(r"[+-]?(\d+|\d{1,3}(\.\d{3})+),\d+(e-?\d+)?", text, re.IGNORECASE | re.ASCII) is not None
