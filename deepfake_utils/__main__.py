@@ -351,7 +351,7 @@ def build_parser() -> Parser:
 
     command = commands.add_parser("score", help="say which recordings are real and which are fake",
                                   description=score.__doc__)  # fmt: skip
-    command.add_argument("audio", nargs="+", metavar="RECORDING", type=Path, help="a recording of any format, video "
+    command.add_argument("audio", nargs="+", metavar="RECORDING", help="a recording of any format, video "
                          "included; a folder, which is searched through; or - for standard input")  # fmt: skip
     weights = command.add_mutually_exclusive_group()
     weights.add_argument("--weights", metavar="WEIGHTS", help="phone, tiny or laptop (shipped, made smaller), "

@@ -70,7 +70,8 @@ def pick_device(request: str = "auto") -> Device:
             raise ConfigError(
                 f"device {request!r} was asked for, but PyTorch {torch.__version__} sees no CUDA GPU here"
             )
-        return Device(torch.device("cpu"), f"CPU with {torch.get_num_threads()} threads: PyTorch sees no CUDA GPU")
+        n = torch.get_num_threads()
+        return Device(torch.device("cpu"), f"CPU with {n} thread{'s' * (n > 1)}: PyTorch sees no CUDA GPU")
     device = torch.device("cuda:0" if request in ("auto", "cuda") else request)
     if device.index >= torch.cuda.device_count():
         raise ConfigError(

@@ -312,7 +312,7 @@ def test_score_refuses_what_it_cannot_do(corpus, weights, tmp_path, refused):
     refused("score", tmp_path / "absent.wav", "--weights", weights, said="absent.wav")
     refused("score", corpus, "--weights", tmp_path / "none.safetensors", said="none.safetensors")
     refused("score", corpus, "--weights", weights, "--model", "rawnet2", said="rawnet2")
-    refused("score", "https://example.org/a.wav", "--weights", weights, said="is an address")
+    refused("score", "https://example.org/a.wav", "--weights", weights, said="https://example.org/a.wav is an address")
     refused("score", corpus, "--weights", weights, "--csv", tmp_path, said="is a folder")
     same = ("--csv", tmp_path / "x", "--json", tmp_path / "x")
     refused("score", corpus, "--weights", weights, *same, said="two outputs go to the same place")

@@ -166,9 +166,9 @@ def _short_plan(config, n_train, n_dev, n_eval, started, budget_s, device, keep_
         n_dev = min(n_dev, _at_least(0.15 * available_s / (epochs * cost.score_s)))
         n_eval = min(n_eval, _at_least(0.25 * available_s / score_full_s))
         why.append(
-            f"Even {epochs} short epochs of all trials do not fit, so {n_train} train, {n_dev} dev and {n_eval} eval "
-            "trials are drawn, each attack in proportion. The error below is that of the drawn trials: do not compare "
-            "it with published figures."
+            f"Even {epochs} short epochs of all trials do not fit, so about {n_train} train, {n_dev} dev and {n_eval} "
+            "eval trials are drawn, each attack in proportion. The error below is that of the drawn trials: do not "
+            "compare it with published figures."
         )
     chosen = _within(candidate, started, budget_s - n_eval * score_full_s).replace(epochs="auto")
     why.append(

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from scipy.signal import stft
 from scipy.stats import norm
 
@@ -106,10 +107,12 @@ def training_curves(history: pd.DataFrame) -> Figure:
     best = history["dev_eer"].idxmin()
     eer.scatter([epochs[best]], [100 * history["dev_eer"][best]], s=90, facecolors="none", edgecolors=VERMILION,
                 linewidths=2, label=f"kept: {100 * history['dev_eer'][best]:.2f} %")  # fmt: skip
-    eer.legend(frameon=False, fontsize="small")
+    eer.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(0, -0.2))
     eer.set(title="Dev equal error rate", xlabel="epoch", ylabel="EER (%)", ylim=(0, None))
     rate.plot(epochs, history["learning_rate"], color=GREEN, marker="o", markersize=3)
     rate.set(title="Learning rate at the epoch's end", xlabel="epoch", ylabel="learning rate", yscale="log")
+    for axis in (loss, eer, rate):
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axis in (loss, eer, rate):
         axis.xaxis.get_major_locator().set_params(integer=True)
     return figure

@@ -46,8 +46,8 @@ def cutoff_moves(before_hz: np.ndarray, after_hz: np.ndarray) -> Figure:
         axis.plot(start / 1000, end - start, marker, color=colour, label=name)
         axis.vlines(start / 1000, 0, end - start, color=colour, linewidth=0.8)
     axis.axhline(0, color="0.6", linewidth=0.8, linestyle=":")
-    axis.set(xlabel="cut-off before training (kHz)", ylabel="moved by (Hz)", xlim=(0, SAMPLE_RATE_HZ / 2000))
-    axis.legend(frameon=False, fontsize="small")
+    axis.set(xlabel="cut-off before training (kHz)", ylabel="moved by (Hz)", xlim=(-0.1, SAMPLE_RATE_HZ / 2000 + 0.1))
+    axis.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(0, -0.18), ncols=2)
     return figure
 
 
