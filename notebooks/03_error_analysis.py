@@ -86,7 +86,7 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from deepfake_utils.conventions import CROP_SAMPLES, SAMPLE_RATE_HZ
+from deepfake_utils.conventions import BONAFIDE, CROP_SAMPLES, SAMPLE_RATE_HZ, SPOOF
 from deepfake_utils.evaluation import compare
 from deepfake_utils.report import page, plots, tables
 from deepfake_utils.waveforms.decode import audio_info
@@ -311,7 +311,8 @@ if detector is not None:
     pair = {"whole clips": whole, "silence trimmed": trimmed}
     trimming = compare.compare(pair, again["label"], compare.speakers_of(again), n_bootstrap=n_bootstrap, seed=seed)
     tabulate(tables.comparison_table(trimming))
-    print(f"{len(again)} eval clips, half of them bona fide, attacks alike; {cut_s.mean():.2f} s cut off on average.")
+    n_real, n_fake = (int((again["label"] == label).sum()) for label in (BONAFIDE, SPOOF))
+    print(f"{n_real} bona fide and {n_fake} spoofed eval clips; {cut_s.mean():.2f} s cut off on average.")
 
 # %% [markdown]
 # ## How the detector sees the clips
@@ -350,7 +351,8 @@ from deepfake_utils.waveforms.decode import read_audio
 
 hard = compare.hardest(evaluation, threshold, n_hardest)
 shown = hard[["kind", "utterance", "attack", "speaker", "duration_s", "score", "margin"]]
-tabulate(shown.rename(columns={"duration_s": "length (s)"}))
+digits = {"score": shown["score"].map("{:.4g}".format), "margin": shown["margin"].map("{:.3g}".format)}
+tabulate(shown.assign(**digits).rename(columns={"duration_s": "length (s)"}))
 for row in hard.itertuples() if detector is not None else ():
     waveform = read_audio(row.path)
     windows = probing.window_scores(detector, waveform)

@@ -255,8 +255,8 @@ def clip_under_the_lens(
     axes[2].hlines(
         windows["score"], windows["start_s"], windows["stop_s"], color=GREEN, linewidth=2.4, label="this stretch alone"
     )
-    axes[2].axhline(whole, color=PURPLE, linewidth=1.3, label=f"whole clip: {whole:.2f}")
-    axes[2].axhline(threshold, color=BLACK, linestyle="--", linewidth=1, label=f"threshold: {threshold:.2f}")
+    axes[2].axhline(whole, color=PURPLE, linewidth=1.3, label=f"whole clip: {whole:.4g}")
+    axes[2].axhline(threshold, color=BLACK, linestyle="--", linewidth=1, label=f"threshold: {threshold:.4g}")
     axes[2].set(ylabel="score")
     axes[2].ticklabel_format(axis="y", useOffset=False)  # an offset would stand where the legend does
     axes[2].legend(frameon=False, fontsize="x-small", loc="lower left", bbox_to_anchor=(0, 0.98), ncols=3)
@@ -287,19 +287,7 @@ def agreement(
                      label=f"{CLASS_NAME[label]} (n = {of.sum():,})")  # fmt: skip
     axis.axvline(threshold, color=BLACK, linestyle="--", linewidth=1)
     axis.axhline(threshold, color=BLACK, linestyle="--", linewidth=1)
-    for x, y, text, side in (
-        (0.98, 0.02, f"only {names[0]} accepts", "right"),
-        (0.02, 0.98, f"only {names[1]} accepts", "left"),
-    ):
-        axis.annotate(
-            text,
-            (x, y),
-            xycoords="axes fraction",
-            ha=side,
-            va="bottom" if y < 0.5 else "top",
-            fontsize="small",
-            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8},
-        )
+    axis.set_title(f"upper left: only {names[1]} accepts; lower right: only {names[0]}", fontsize="small", loc="left")
     axis.set(xlabel=f"log-likelihood ratio, {names[0]}", ylabel=f"log-likelihood ratio, {names[1]}")
     axis.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(0, -0.13), ncols=2)
     return figure
