@@ -149,7 +149,7 @@ def _pyav_container(recording: Recording):
     # Nor is a picture decoded, not even to see what it is: one of 300 kB may need a gigabyte.
     options = {"protocol_whitelist": "none", "codec_whitelist": _decoders_of_sound()}
     try:
-        with av.open(recording.file, "r", metadata_errors="replace", options=options) as container:
+        with av.open(recording.file, "r", options=options, **_lenient_tags()) as container:
             if not container.streams.audio:
                 raise AudioError(f"{recording.name} has no audio stream")
             yield container
@@ -161,6 +161,13 @@ def _pyav_container(recording: Recording):
             f"{recording.name} cannot be decoded ({reason}): it is damaged, truncated or not audio; "
             "copy or download it again"
         ) from None
+
+
+def _lenient_tags() -> dict[str, str]:
+    """What keeps tags that are no UTF-8 from being errors: said to PyAV before 19, which has no word for it since."""
+    import av
+
+    return {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 
 
 @cache
