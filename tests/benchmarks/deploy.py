@@ -115,7 +115,8 @@ def memory(options: argparse.Namespace, folder: Path) -> None:
         long = folder / "long.ogg"
         with soundfile.SoundFile(long, "w", 48_000, 2) as file:
             for _ in range(minutes):
-                file.write(stereo)
+                for second in np.split(stereo, 60):  # libsndfile's Vorbis encoder dies of a minute at once
+                    file.write(second)
         for weights in options.weights:
             took_s, before, after, n_windows = score(weights, short, long, 1)
             print(f"{minutes:>4} min, {long.stat().st_size / 1e6:6.1f} MB: {(after - before) / 1024:6.1f} MiB above "
