@@ -14,7 +14,9 @@ import math
 import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import pandas as pd
@@ -28,6 +30,7 @@ from deepfake_utils.files import atomic_write
 from deepfake_utils.models import MODELS, fast
 from deepfake_utils.models.aasist import NodePooling
 from deepfake_utils.models.encoder import Encoder
+from deepfake_utils.models.fast.tiling import map_in_threads
 from deepfake_utils.models.layers import CMOutput, check_waveform
 from deepfake_utils.models.lfcc import PowerSpectrum
 from deepfake_utils.models.sinc import SincFilters
@@ -241,7 +244,7 @@ class OnnxScorer:
 
     Args:
         path: a file written by `export_onnx`.
-        n_threads: processor cores to use; None means all that PyTorch would.
+        n_threads: processor cores to use; None means as many as PyTorch would in the thread that calls it.
 
     Attributes:
         metadata: what the file says about itself.
@@ -255,10 +258,9 @@ class OnnxScorer:
     def __init__(self, path: str | os.PathLike, n_threads: int | None = None):
         if not Path(path).is_file():
             raise CheckpointError(f"{path}: no such ONNX file; write one with `python -m deepfake_utils export`")
-        # In a thread of its own: a session may leave its settings of the processor (subnormal numbers) behind.
-        with ThreadPoolExecutor(1) as other:
-            self._session = other.submit(_session, path, n_threads or torch.get_num_threads()).result()
-        self.metadata = dict(self._session.get_modelmeta().custom_metadata_map)
+        self._path, self._file, self._n_threads = path, Path(path).read_bytes(), n_threads
+        self._sessions, self._opening = {}, Lock()  # by number of threads
+        self.metadata = dict(self._session(1).get_modelmeta().custom_metadata_map)
         if self.metadata.get("sample_rate_hz") != str(SAMPLE_RATE_HZ) or "min_samples" not in self.metadata:
             raise CheckpointError(
                 f"{path}: its metadata {self.metadata} lack min_samples or sample_rate_hz = {SAMPLE_RATE_HZ}; "
@@ -273,12 +275,31 @@ class OnnxScorer:
             AudioError: the waveforms are not (B, T) or shorter than `min_samples`.
         """
         check_waveform(waveform, self.min_samples)
-        samples = waveform.detach().cpu().float().numpy()
-        logits, embedding = self._session.run(None, {INPUT_NAME: np.ascontiguousarray(samples)})
+        waveform, n_threads = waveform.detach().cpu().float(), self._n_threads or torch.get_num_threads()
+        if self._n_threads is None and len(waveform) >= n_threads > 1:
+            # One waveform on each core and not all cores on each operation: a quarter less processor time (LFCC-LCNN),
+            # and no core waits for one that another program holds.
+            parts = map_in_threads(partial(self._run, n_threads=1), waveform.split(1))
+            return CMOutput(*(torch.cat(values) for values in zip(*parts, strict=True)))
+        return self._run(waveform, n_threads)
+
+    def _run(self, waveform: Tensor, n_threads: int) -> CMOutput:
+        samples = np.ascontiguousarray(waveform.numpy())
+        logits, embedding = self._session(n_threads).run(None, {INPUT_NAME: samples})
         return CMOutput(torch.from_numpy(logits), torch.from_numpy(embedding))
 
+    def _session(self, n_threads: int):
+        """The ONNX Runtime session that computes on as many cores; many threads may use the one of one core at once."""
+        with self._opening:
+            if n_threads not in self._sessions:
+                # In a thread of its own: a session may leave its settings of the processor (subnormal numbers) behind.
+                with ThreadPoolExecutor(1) as other:
+                    opened = other.submit(_open_session, self._path, self._file, n_threads)
+                self._sessions[n_threads] = opened.result()
+            return self._sessions[n_threads]
 
-def _session(path: str | os.PathLike, n_threads: int):
+
+def _open_session(path: str | os.PathLike, file: bytes, n_threads: int):
     try:
         import onnxruntime
     except ImportError as error:
@@ -287,19 +308,18 @@ def _session(path: str | os.PathLike, n_threads: int):
     options.intra_op_num_threads = n_threads
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime has a dozen unrelated exception classes and no common one
         raise CheckpointError(f"{path}: not a readable ONNX model: {error}") from error
 
 
-def cached_scorer(model: nn.Module, folder: str | os.PathLike, *, n_threads: int | None = None) -> OnnxScorer:
+def cached_scorer(model: nn.Module, folder: str | os.PathLike) -> OnnxScorer:
     """An `OnnxScorer` of a model, exported once for its weights and kept in a folder.
 
     Args:
         model: a countermeasure, as `load_model` gives it.
         folder: where exported models are kept; the file's name is the SHA-256 of weights, configuration and the
             package's version.
-        n_threads: processor cores to use; None means all that PyTorch would.
 
     Raises:
         ConfigError: onnx or ONNX Runtime is not installed, or the model cannot be exported.
@@ -308,9 +328,9 @@ def cached_scorer(model: nn.Module, folder: str | os.PathLike, *, n_threads: int
     """
     path = Path(folder) / f"{_fingerprint(model)}.onnx"
     try:
-        return OnnxScorer(path, n_threads)
+        return OnnxScorer(path)
     except CheckpointError:  # absent, or damaged
-        return OnnxScorer(export_onnx(model, path), n_threads)
+        return OnnxScorer(export_onnx(model, path))
 
 
 def _fingerprint(model: nn.Module) -> str:

@@ -198,7 +198,7 @@ def compare(pair: Pair, waveform: Tensor, precision: str, options: argparse.Name
     score = {"reference": scoring(pair, pair.theirs, waveform, "fp32")}
     score["ours"] = scoring(pair, pair.ours, waveform, precision)
     if options.device == "cpu" and precision == "fp32":
-        score["ours, ONNX Runtime"] = exported_scoring(pair.ours, waveform, options.threads)
+        score["ours, ONNX Runtime"] = exported_scoring(pair.ours, waveform)
     print_ratios("scoring", take_turns(score, waveform, options.turns), len(waveform))
     if len(waveform) > 1:
         train = {"reference": training_step(pair, pair.theirs, waveform, "fp32")}
@@ -227,9 +227,9 @@ def scoring(pair: Pair, model: nn.Module, waveform: Tensor, precision: str) -> C
     return run
 
 
-def exported_scoring(model: nn.Module, waveform: Tensor, n_threads: int) -> Callable[[], None]:
+def exported_scoring(model: nn.Module, waveform: Tensor) -> Callable[[], None]:
     with tempfile.TemporaryDirectory() as folder:
-        scorer = OnnxScorer(export_onnx(model, Path(folder) / "model.onnx"), n_threads)
+        scorer = OnnxScorer(export_onnx(model, Path(folder) / "model.onnx"))
     return lambda: scorer(waveform)
 
 
