@@ -25,7 +25,7 @@ test: install
 	@$(BIN) -m pytest $(ARGS)
 
 sync: install
-	@$(BIN) -m jupytext --sync notebooks/[0-9]*.py
+	@$(BIN) -m jupytext --sync notebooks/[0-9]*.py notebooks/monitor.py
 
 bench: install
 	@for script in tests/benchmarks/*.py; do \

@@ -302,6 +302,46 @@ def in_columns(table) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
+def monitor(options: argparse.Namespace) -> int:
+    """Render a report on a service as a notebook with pictures: drift, verdicts, feedback, decisions."""
+    from deepfake_utils.serving import headless
+
+    settings = {"days": options.days, "false_alarms": options.false_alarms}
+    notebooks = options.notebooks or headless.NOTEBOOKS
+    print(headless.monitor(options.database, options.models, options.out, notebooks, **settings))
+    found = json.loads((options.out / "monitor" / "result.json").read_text(encoding="utf-8"))
+    print(found["problem"] or f"drift: {', '.join(found['drifted']) or 'none seen'}")
+    return DONE
+
+
+def retrain(options: argparse.Namespace) -> int:
+    """Retrain from confirmed feedback, compare with the weights in service, and let the better ones take over.
+
+    What was decided, and why, is added to decisions.jsonl in the models' folder. A retraining that was stopped, in
+    whatever way, goes on where it was when the same command is given again.
+    """
+    from deepfake_utils.serving import retraining
+    from deepfake_utils.serving.headless import NOTEBOOKS
+    from deepfake_utils.serving.records import Records
+
+    wish = retraining.Wish(
+        str(options.base.resolve()), str(options.data.resolve()) if options.data else "",
+        tuple(str(folder.resolve()) for folder in options.test), dict(options.parameters),
+        retraining.read_rules(options.rules),
+    )  # fmt: skip
+    retraining.retrain(Records(options.feedback), options.models, wish, options.notebooks or NOTEBOOKS)
+    return DONE
+
+
+def rollback(options: argparse.Namespace) -> int:
+    """Put the weights before the present ones back into service; a running service follows."""
+    from deepfake_utils.serving.versions import Versions
+
+    with Versions(options.models).locked() as versions:
+        print(f"{versions.roll_back()['version']} is in service again")
+    return DONE
+
+
 def build_parser() -> Parser:
     """The commands and their arguments."""
     parser = Parser(
@@ -309,7 +349,8 @@ def build_parser() -> Parser:
     )
     commands = parser.add_subparsers(
         required=True,
-        metavar="find | collect | train | calibrate | score | evaluate | export | browser | serve",
+        metavar="find | collect | train | calibrate | score | evaluate | export | browser | serve | "
+        "monitor | retrain | rollback",
         parser_class=Parser,
     )
 
@@ -419,6 +460,36 @@ def build_parser() -> Parser:
     command.add_argument("--runtime", metavar="DIR", type=Path,
                          help="an unpacked onnxruntime-web package; default: npm fetches it")  # fmt: skip
     command.set_defaults(run=browser)
+
+    command = commands.add_parser("monitor", help="report on a service", description=monitor.__doc__)
+    command.add_argument("--database", metavar="URL", required=True, help="of the service, such as "
+                         "sqlite:///service/records.sqlite")  # fmt: skip
+    command.add_argument("--models", metavar="MODELS", type=Path, required=True, help="folder that the service follows")
+    command.add_argument("--out", metavar="FOLDER", type=Path, required=True, help="where the report goes")
+    command.add_argument("--days", metavar="N", type=float, default=7.0, help="how far to look back (default: 7)")
+    command.add_argument("--false-alarms", metavar="P", type=float, default=0.01,
+                         help="probability of an alarm in a report without drift (default: 0.01)")  # fmt: skip
+    command.add_argument("--notebooks", metavar="FOLDER", type=Path, help="where run.py lies")
+    command.set_defaults(run=monitor)
+
+    command = commands.add_parser("retrain", help="learn from feedback", description=retrain.__doc__)
+    command.add_argument("--feedback", metavar="URL", required=True, help="database of the service, such as "
+                         "sqlite:///service/records.sqlite")  # fmt: skip
+    command.add_argument("--base", metavar="RUN", type=Path, required=True,
+                         help="run of the notebooks whose corpus and settings are taken")  # fmt: skip
+    command.add_argument("--models", metavar="MODELS", type=Path, required=True, help="folder that the service follows")
+    command.add_argument("--data", metavar="FOLDER", type=Path, help="where the base's corpus is now, if it was moved")
+    command.add_argument("--test", metavar="FOLDER", type=Path, action="append", default=[],
+                         help="another corpus whose eval is a test set; may be repeated")  # fmt: skip
+    command.add_argument("--rules", metavar="FILE", type=Path, help="instead of serving/rules.toml of the package")
+    command.add_argument("-p", nargs=2, metavar=("NAME", "VALUE"), action="append", default=[], dest="parameters",
+                         help="set a parameter of notebooks 02 and 03, instead of as the base had it")  # fmt: skip
+    command.add_argument("--notebooks", metavar="FOLDER", type=Path, help="where run.py lies")
+    command.set_defaults(run=retrain)
+
+    command = commands.add_parser("rollback", help="go back to the weights before", description=rollback.__doc__)
+    command.add_argument("--models", metavar="MODELS", type=Path, required=True, help="folder that the service follows")
+    command.set_defaults(run=rollback)
     return parser
 
 

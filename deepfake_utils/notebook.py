@@ -80,7 +80,12 @@ class Results:
         """Write result.json: what was found, with which settings, on which corpus and machine."""
         facts = {
             "notebook": self.notebook,
-            "corpus": {"name": corpus.name, "kind": corpus.kind, "fingerprint": corpus.fingerprint()},
+            "corpus": {
+                "name": corpus.name,
+                "kind": corpus.kind,
+                "root": str(corpus.root),
+                "fingerprint": corpus.fingerprint(),
+            },
             "metrics": dict(metrics),
             "config": dict(config),
             **more,

@@ -42,6 +42,7 @@ RUNS = FOLDER.parent / "runs"
 FIRST_LOOK = {"time_budget_s": "40"}  # a run without a wish takes minutes; `-p time_budget_s 36000` for a real one
 OPEN_BYTES = 80_000_000  # of files that DATA=open fetches
 SET_BY_RUNNER = {"data": "--data FOLDER", "run_dir": "--runs FOLDER"}
+RESULT = "result.json"
 TYPES = {"str": str, "int": int, "float": float, "bool": bool}
 OUTPUTS = {
     "notebooks": "*.ipynb",
@@ -263,7 +264,7 @@ def read_result(run_dir: Path, name: str) -> dict:
     Raises:
         RunError: the notebook finished without writing it.
     """
-    path = run_dir / name / "result.json"
+    path = run_dir / name / RESULT
     if not path.is_file():
         raise RunError(f"{name} finished without writing {path}; its last cell must")
     return json.loads(path.read_text())
@@ -287,14 +288,15 @@ def show_eer(metrics: dict) -> str:
     return f"{100 * metrics['eer']:.2f}{shown}"
 
 
-def run(notebooks: list[Path], data: str, runs: Path, asked: list[tuple[str, str]]) -> str:
-    """Run notebooks in order into a new folder of `runs`.
+def run(notebooks: list[Path], data: str, runs: Path, asked: list[tuple[str, str]], into: Path | None = None) -> str:
+    """Run notebooks in order into a new folder of `runs`, or into a folder that is named.
 
     Args:
         notebooks: .ipynb files.
         data: a folder with a corpus, "demo", or "open" for real speech, which is collected first.
         runs: where the folder `<time>-<corpus>` is made.
         asked: (name, text) parameter values, each for those notebooks that know it.
+        into: the run's folder itself; what is finished there is not run again, and training goes on where it stopped.
 
     Returns:
         The closing table.
@@ -311,8 +313,9 @@ def run(notebooks: list[Path], data: str, runs: Path, asked: list[tuple[str, str
         if not Path(data).is_dir():
             raise RunError(f"DATA: no folder {Path(data).absolute()}")
         data = str(Path(data).resolve())
-    run_dir = runs.resolve() / f"{datetime.now():%Y%m%d-%H%M%S}-{Path(data).name}"
-    run_dir.mkdir(parents=True)
+    run_dir = into.resolve() if into else runs.resolve() / f"{datetime.now():%Y%m%d-%H%M%S}-{Path(data).name}"
+    run_dir.mkdir(parents=True, exist_ok=into is not None)
+    notebooks = [notebook for notebook in notebooks if not (into and (run_dir / notebook.stem / RESULT).is_file())]
     seconds = {}
     with this_python_as_kernel():
         for notebook in notebooks:
@@ -346,6 +349,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--data", default="", help="folder with a corpus, or open: a small part of public "
                         "recordings, which is fetched (default: the built-in demo corpus)")  # fmt: skip
     parser.add_argument("--runs", type=Path, default=RUNS, help="where results go (default: runs/)")
+    parser.add_argument(
+        "--into", type=Path, metavar="FOLDER", help="run into this folder; what is finished in it stays"
+    )
     parser.add_argument("-p", nargs=2, metavar=("NAME", "VALUE"), action="append", default=[], dest="parameters",
                         help="set a parameter in the notebooks that have it")  # fmt: skip
     parser.add_argument("--list", action="store_true", help="list the parameters and stop")
@@ -355,7 +361,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.list:
             print(describe({notebook: read_parameters(notebook) for notebook in notebooks}))
         else:
-            print("\n" + run(notebooks, options.data or "demo", options.runs, options.parameters))
+            print("\n" + run(notebooks, options.data or "demo", options.runs, options.parameters, options.into))
     except RunError as problem:
         print(f"\nrun.py: {problem}", file=sys.stderr)
         return 2

@@ -1,16 +1,26 @@
 """Drift: alarms as rare as promised without it, and raised with it."""
 
 import json
+import re
+import time
+from types import SimpleNamespace
 
+import jupytext
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
 from scipy.stats import binom
 
 from deepfake_utils import Detector
+from deepfake_utils.__main__ import main
 from deepfake_utils.conventions import ConfigError, ScoreError
 from deepfake_utils.demo import build_demo
 from deepfake_utils.serving import drift
+from deepfake_utils.serving.headless import NOTEBOOKS
+from deepfake_utils.serving.metrics import Metrics
+from deepfake_utils.serving.records import Records
+from deepfake_utils.serving.versions import Versions
 from tests.conftest import DEMO_SCALE
 
 
@@ -95,3 +105,54 @@ def test_a_reference_is_made_of_recordings_and_kept_beside_the_weights(tmp_path)
         drift.read_reference(tmp_path / "w.safetensors")
     with pytest.raises(ConfigError, match="have no reference"):
         drift.read_reference(tmp_path / "other.safetensors")
+
+
+# The report.
+
+
+def fill(records: Records, n: int, **changes) -> None:
+    table, rng = draw(np.random.default_rng(6), n, **changes), np.random.default_rng(7)
+    for i, row in enumerate(table.itertuples()):
+        score = None if np.isnan(row.score) else row.score
+        word = "no verdict" if score is None else "real" if score > 0.5 else "fake" if score < -0.5 else "uncertain"
+        id = records.add_verdict(
+            client=row.client, sha256=f"{i:064x}", score=score, verdict=word, model="base-1", calibration="c",
+            seconds=row.seconds, speech_seconds=1.0, level_db=row.level_db, bandwidth_hz=row.bandwidth_hz,
+            at=time.time() - 86_400 * rng.uniform(0, 6),
+        )  # fmt: skip
+        if i % 10 == 0:
+            records.add_feedback(id, client=row.client, truth="bonafide", confirmed=i % 20 == 0)
+
+
+def test_the_report_is_a_notebook_with_pictures_that_show(tmp_path, capsys):
+    weights = tmp_path / "models" / "base-1" / "weights.safetensors"
+    Versions(tmp_path / "models").take_over("installed", weights, "base-1")
+    drift.write_reference(weights, draw(np.random.default_rng(5), 300).drop(columns="client"), "dev of a corpus")
+    url = f"sqlite:///{tmp_path}/records.sqlite"
+    fill(Records(url), 120, level_db=-6.0)
+    code = main(["monitor", "--database", url, "--models", str(tmp_path / "models"), "--out", str(tmp_path / "out")])
+    assert code == 0 and "drift: level" in capsys.readouterr().out
+    executed = nbformat.read(tmp_path / "out" / "monitor.ipynb", as_version=4)
+    outputs = [output for cell in executed.cells for output in cell.get("outputs", [])]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
+    assert len(list((tmp_path / "out" / "monitor" / "figures").glob("*.png"))) == 2
+    assert not any("<Figure" in str(output) for output in outputs)
+
+
+def test_the_report_is_a_pair():
+    text, notebook = jupytext.read(NOTEBOOKS / "monitor.py"), nbformat.read(NOTEBOOKS / "monitor.ipynb", as_version=4)
+    cells = [[(cell.cell_type, cell.source) for cell in half.cells] for half in (text, notebook)]
+    assert cells[0] == cells[1], "run `make sync`"
+    bootstrap = jupytext.read(NOTEBOOKS / "02_train.py").cells[1].source
+    assert text.cells[1].source == bootstrap
+
+
+def test_every_number_on_the_dashboard_is_one_that_the_service_tells():
+    text = (NOTEBOOKS.parent / "deepfake_utils" / "serving" / "grafana.json").read_text()
+    assert {panel["type"] for panel in json.loads(text)["panels"]} >= {"timeseries", "heatmap", "table", "stat"}
+    in_service = SimpleNamespace(version="v", calibration="c")
+    lines = Metrics(SimpleNamespace(n_waiting=0, current=in_service, problem="")).text().decode()
+    ending = {"counter": "", "gauge": "", "histogram": "_bucket"}  # a counter's name ends in _total already
+    told = {name + ending[kind] for name, kind in re.findall(r"# TYPE (\w+) (\w+)", lines)}
+    asked = set(re.findall(r"\bdeepfake_\w+", text))
+    assert asked <= told, asked - told

@@ -12,19 +12,20 @@ clients one recording of each is taken.
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import pandas as pd
 from scipy.stats import fisher_exact, ks_2samp
 
-from deepfake_utils.conventions import AudioError, ConfigError, ScoreError
+from deepfake_utils.conventions import ConfigError, ScoreError
 from deepfake_utils.corpora.division import proportional_subset
 from deepfake_utils.files import atomic_write
-from deepfake_utils.probing.shortcuts import recording_numbers
 from deepfake_utils.scoring.detector import Detector
-from deepfake_utils.waveforms.decode import read_audio, to_int16
+from deepfake_utils.serving.scorer import InService, listen_to
 
 NUMBERS = {"score": "score", "level_db": "level", "bandwidth_hz": "bandwidth", "seconds": "duration"}
 NO_VERDICT = "no verdict"
@@ -54,18 +55,11 @@ def make_reference(detector: Detector, protocol: pd.DataFrame, *, n: int = 1000,
     Raises:
         AudioError: a recording cannot be read.
     """
-    rows = []
-    trials = proportional_subset(protocol, n, seed)
-    verdicts = detector.verdicts(map(Path, trials["path"]))
-    for trial, verdict in zip(trials.itertuples(), verdicts, strict=True):
-        if isinstance(verdict, AudioError):
-            raise verdict
-        numbers = recording_numbers(to_int16(read_audio(trial.path)))
-        rows.append({
-            "label": trial.label, "score": verdict.score, "level_db": numbers["level_db"],
-            "bandwidth_hz": numbers["bandwidth_hz"], "seconds": verdict.duration_s,
-        })  # fmt: skip
-    return pd.DataFrame(rows).astype({"score": float})
+    rows, by = [], InService(detector, "")
+    for trial in proportional_subset(protocol, n, seed).itertuples():
+        with open(trial.path, "rb") as file:
+            rows.append({"label": trial.label, **listen_to(file, by, math.inf, Event()).columns})
+    return pd.DataFrame(rows)[["label", *NUMBERS]].astype({"score": float})
 
 
 def write_reference(weights: str | os.PathLike, reference: pd.DataFrame, made_from: str) -> Path:

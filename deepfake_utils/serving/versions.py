@@ -20,6 +20,7 @@ from pathlib import Path
 
 from deepfake_utils.conventions import CheckpointError, ConfigError
 from deepfake_utils.files import atomic_write
+from deepfake_utils.scoring.detector import SHIPPED
 
 LOG, POINTER, LOCK = "decisions.jsonl", "current.json", ".lock"
 TAKES_OVER, TAKES_BACK = ("installed", "promoted"), "rolled back"  # the events that move the pointer
@@ -117,3 +118,9 @@ class Versions:
         if self.current and (not pointer.is_file() or json.loads(pointer.read_text()) != self.current):
             with atomic_write(pointer) as part:
                 part.write_text(json.dumps(self.current, indent=2) + "\n", encoding="utf-8")
+
+
+def weights_in_service(versions: Versions) -> tuple[str, Path]:
+    """The name and file of the weights in service; those that come with the package before the first decision."""
+    current = versions.current
+    return (current["version"], Path(current["weights"])) if current else (SHIPPED.stem, SHIPPED)

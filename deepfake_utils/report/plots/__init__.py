@@ -32,6 +32,7 @@ from deepfake_utils.report.plots.models import (
     graph_attention,
     model_comparison,
 )
+from deepfake_utils.report.plots.monitoring import drift_panels, verdicts_over_time
 
 __all__ = [
     "agreement",
@@ -46,6 +47,7 @@ __all__ = [
     "det_curves",
     "det_with_points",
     "draw_spectrogram",
+    "drift_panels",
     "eer_bars",
     "embedding_map",
     "envelope",
@@ -63,4 +65,5 @@ __all__ = [
     "timeline",
     "training_curves",
     "trimming",
+    "verdicts_over_time",
 ]
