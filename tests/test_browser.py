@@ -91,6 +91,13 @@ class Browser:
             time.sleep(0.2)
         return value
 
+    def open(self, name: str):
+        """The page with that model, once it is ready."""
+        self.name = name
+        self.do("Page.navigate", url=f"{self.address}/{name}/")
+        ready = "location.pathname == '/%s/' && document.getElementById('state')?.textContent == 'Ready.'"
+        self.wait_for(ready % name)
+
     def judge(self, path: Path) -> dict:
         """The page's result for a file."""
         self.value("window.result = null")
@@ -109,15 +116,22 @@ async def _closed(page):
     page.close()
 
 
+# INT8 rounds: where two engines' spectra differ in the seventh digit, an activation now and then takes the next step.
+TOLERANCE = {"laptop": 1e-3, "phone": 2e-2}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     if shutil.which("npm") is None:
         pytest.skip("npm is not installed: the page's runtime cannot be fetched")
-    if not room.SHIPPED["phone"].is_file():
-        pytest.skip("no phone model is shipped with these weights yet")
+    for name in TOLERANCE:
+        if not room.SHIPPED[name].is_file():
+            pytest.skip(f"no {name} model is shipped with these weights yet")
     folder = tmp_path_factory.mktemp("page")
     try:
-        return assemble(folder)
+        phone = assemble(folder / "phone")
+        assemble(folder / "laptop", "laptop", phone)
+        return folder
     except ConfigError as error:
         if "npm pack" in str(error):
             pytest.skip(f"the page's runtime cannot be fetched: {error}")
@@ -135,8 +149,8 @@ def browser(folder, tmp_path_factory):
     soundfile.write(heard, resample(babble(6), 16_000), 16_000)
     browser = Browser(executable, tmp_path_factory.mktemp("profile"), f"--use-file-for-fake-audio-capture={heard}")
     try:
-        browser.do("Page.navigate", url=f"http://127.0.0.1:{server.server_address[1]}/")
-        browser.wait_for("document.getElementById('file') && !document.getElementById('file').disabled")
+        browser.address = f"http://127.0.0.1:{server.server_address[1]}"
+        browser.open("laptop")
         yield browser
     finally:
         browser.close()
@@ -149,19 +163,21 @@ def babble(duration_s: float, seed: int = 0) -> np.ndarray:
     return 0.5 * sound / np.abs(sound).max()
 
 
-def same_as_python(page: dict, path: Path) -> int:
-    """Compare the page's windows with the detector's; how many there are."""
-    expected = Detector.load("phone")(path)
+def same_as_python(browser: Browser, path: Path) -> int:
+    """Compare the page's windows of a file with the detector's; how many there are."""
+    page, expected, tolerance = browser.judge(path), Detector.load(browser.name)(path), TOLERANCE[browser.name]
     assert [window["startS"] for window in page["windows"]] == pytest.approx([w.start_s for w in expected.windows])
     found = np.array([window["logOdds"] for window in page["windows"]])
-    assert np.abs(found - [window.log_odds for window in expected.windows]).max(initial=0) < 1e-3
-    assert page["word"] == expected.verdict
+    assert np.abs(found - [window.log_odds for window in expected.windows]).max(initial=0) < tolerance
+    assert abs(page["logOdds"] - expected.log_odds) < tolerance
     return len(found)
 
 
-def test_real_files_get_the_log_odds_of_python(browser, reference_data):
+@pytest.mark.parametrize("name", ["phone", "laptop"])
+def test_real_files_get_the_log_odds_of_python(browser, reference_data, name):
+    browser.open(name)
     files = sorted((reference_data / "asvspoof2019_subset").rglob("*.flac"))[::60][:3]
-    assert sum(same_as_python(browser.judge(path), path) for path in files) >= len(files)
+    assert sum(same_as_python(browser, path) for path in files) >= len(files)
     assert browser.value("document.getElementById('timeline').hidden") is False
 
 
@@ -172,7 +188,7 @@ def test_any_rate_and_number_of_channels(browser, tmp_path, rate_hz, n_channels,
     path = tmp_path / f"{rate_hz}.wav"
     sound = np.interp(np.arange(int(9 * rate_hz)) * 16_000 / rate_hz, np.arange(9 * 16_000), babble(9))
     soundfile.write(path, np.stack([sound, 0.5 * sound][:n_channels], axis=1), rate_hz, subtype=subtype)
-    same_as_python(browser.judge(path), path)
+    assert same_as_python(browser, path) > 1
 
 
 def test_silence_gets_no_verdict_and_what_is_no_audio_an_error(browser, tmp_path):
@@ -195,8 +211,9 @@ def test_the_microphone_is_heard(browser):
 
 def test_only_the_page_itself_was_asked_for(browser):
     assert {command for command, _ in Handler.asked} == {"GET"}
-    known = {"/", "/favicon.ico", *(f"/{name}" for name in (*PAGE_FILES, *RUNTIME_FILES))}
-    assert {path for _, path in Handler.asked} <= known | {"/model.onnx", "/model.json", "/speech.onnx"}
+    files = {"", *PAGE_FILES, *RUNTIME_FILES, "model.onnx", "model.json", "speech.onnx"}
+    known = {f"/{name}/{file}" for name in TOLERANCE for file in files}
+    assert {path for _, path in Handler.asked} <= known | {"/favicon.ico"}
     refused = "fetch('http://localhost:9/', {method: 'POST', body: 'x'}).then(() => 'sent', (problem) => 'refused')"
     assert browser.value(refused) == "refused"
 
