@@ -272,7 +272,7 @@ def test_more_than_there_is_room_for(victim):
     statuses = sorted(answer.status_code for answer in answers)
     assert set(statuses) == {200, 503} and statuses.count(200) >= 3
     busy = next(answer for answer in answers if answer.status_code == 503)
-    assert busy.headers["retry-after"] and json.loads(busy.text)["limit"] == {"queue": 2}
+    assert busy.headers["retry-after"] and json.loads(busy.text)["limit"] == {"concurrent": 1, "queue": 2}
 
 
 def test_a_method_or_address_that_is_none(victim):

@@ -20,7 +20,7 @@ from starlette.requests import ClientDisconnect
 from deepfake_utils import __version__
 from deepfake_utils.conventions import DeepfakeUtilsError
 from deepfake_utils.serving import live
-from deepfake_utils.serving.limits import PROBLEM_TYPE, Problem, as_problem, read_json, read_upload, too_busy
+from deepfake_utils.serving.limits import PROBLEM_TYPE, Problem, as_problem, read_json, read_upload
 from deepfake_utils.serving.service import Service
 
 PAGE = Path(__file__).parent / "page"
@@ -150,9 +150,7 @@ def create_app(service: Service) -> FastAPI:
         raise Problem(401, "not allowed", "send the header Authorization: Bearer TOKEN, with a token you were given")
 
     async def upload_of(request: Request, limits):
-        if service.metrics.uploads._value.get() >= limits.uploads:
-            raise too_busy("uploads are under way", limits.uploads, "uploads")
-        with service.metrics.uploads.track_inprogress():
+        with service.uploads:
             return await read_upload(request, limits)
 
     @app.post("/v1/score", response_model=Answer, responses=refusals(400, 408, 413, 422, 503),
@@ -160,7 +158,7 @@ def create_app(service: Service) -> FastAPI:
     async def score(request: Request, keep: bool = False):
         """Look at a recording now. keep: keep it, so that the detector can learn from it."""
         client = client_of(request)
-        service.scorer.refuse_if_full()
+        service.scorer.waiting.refuse_if_full()
         return JSONResponse(await service.score(await upload_of(request, limits), client, keep))
 
     @app.post("/v1/jobs", status_code=202, response_model=Job, responses=refusals(400, 408, 413, 503),

@@ -87,9 +87,30 @@ def as_problem(error: Exception) -> Problem:
     return Problem(500, "service failed", "the service failed; its log says why. The request may be sent again")
 
 
-def too_busy(what: str, n: int, limit: str) -> Problem:
-    """The refusal of what there is no room for."""
-    return Problem(503, "too busy", f"{n} {what} already: send it again in a few seconds", limit={limit: n})
+class Places:
+    """Room for a number of things at a time, each of which takes a place for the length of a `with`.
+
+    Args:
+        n: how many there are.
+        what: what takes them, as in "20 uploads are under way already".
+        limits: the `Limits` that say so, by name.
+    """
+
+    def __init__(self, n: int, what: str, **limits):
+        self._n, self._what, self._limits, self.n_taken = n, what, limits, 0
+
+    def refuse_if_full(self) -> None:
+        """Raise a Problem where no place is left."""
+        if self.n_taken >= self._n:
+            told = f"{self.n_taken} {self._what} already: send it again in a few seconds"
+            raise Problem(503, "too busy", told, limit=self._limits)
+
+    def __enter__(self) -> None:
+        self.refuse_if_full()
+        self.n_taken += 1
+
+    def __exit__(self, *exception) -> None:
+        self.n_taken -= 1
 
 
 class Arriving:

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.websockets import WebSocketDisconnect
 
 from deepfake_utils.conventions import AudioError
-from deepfake_utils.serving.limits import Problem, as_problem, too_busy
+from deepfake_utils.serving.limits import Problem, as_problem
 from deepfake_utils.serving.records import new_id
 from deepfake_utils.serving.scorer import Listening
 from deepfake_utils.serving.service import Service, window
@@ -45,11 +45,8 @@ class Hello(BaseModel):
 async def hold(socket: WebSocket, service: Service, who) -> None:
     """One live stream from its hello to its verdict; `who` tells the client's name from a token."""
     await socket.accept()
-    live = service.metrics.live
     try:
-        with live.track_inprogress():
-            if live._value.get() > service.limits.streams:
-                raise too_busy("live streams", service.limits.streams, "streams")
+        with service.streams:
             hello = _hello(await _message(socket, service.limits.idle_s))
             client = who(hello.token)
             await socket.send_json({"type": "ready", "limits": service.limits.stated()})
@@ -78,9 +75,9 @@ async def _listen(socket: WebSocket, service: Service, hello: Hello, client: str
     while not _is_end(message := await _message(socket, service.limits.idle_s)):
         sha256.update(message)
         samples = _samples(message, hello.format)
-        for judged in await asyncio.wrap_future(service.scorer.run(lambda s=samples: push(resampler.push(s)))):
+        for judged in await service.scorer.run(lambda s=samples: push(resampler.push(s))):
             await socket.send_json({"type": "window", **window(judged)})
-    return {"type": "verdict", **await asyncio.wrap_future(service.scorer.run(end))}
+    return {"type": "verdict", **await service.scorer.run(end)}
 
 
 async def _message(socket: WebSocket, idle_s: float) -> str | bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from deepfake_utils.serving.limits import Places
 from deepfake_utils.serving.scorer import Heard, Scorer
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -13,7 +14,7 @@ LOG_ODDS = (-8, -6, -4, -3, -2, -1, 0, 1, 2, 3, 4, 6, 8)
 class Metrics:
     """Counters of one process, in a registry of their own."""
 
-    def __init__(self, scorer: Scorer):
+    def __init__(self, scorer: Scorer, uploads: Places, streams: Places):
         self._registry = registry = CollectorRegistry()
         self._scorer = scorer
         self._requests = Counter(
@@ -37,10 +38,12 @@ class Metrics:
         self._serving = Gauge("deepfake_model", "1 for what is in service", ["version", "calibration"],
                               registry=registry)  # fmt: skip
         self._failing = Gauge("deepfake_pointer_failing", "1 while the pointer cannot be followed", registry=registry)
-        waiting = Gauge("deepfake_waiting", "Recordings that wait or are looked at", registry=registry)
-        waiting.set_function(lambda: scorer.n_waiting)
-        self.live = Gauge("deepfake_streams", "Live streams", registry=registry)
-        self.uploads = Gauge("deepfake_uploads", "Uploads under way", registry=registry)
+        for name, about, places in (
+            ("waiting", "Recordings that wait or are looked at", scorer.waiting),
+            ("uploads", "Uploads under way", uploads),
+            ("streams", "Live streams", streams),
+        ):
+            Gauge(f"deepfake_{name}", about, registry=registry).set_function(lambda p=places: p.n_taken)
 
     def answered(self, route: str, status: int, seconds: float) -> None:
         """Count a request; the route is the pattern of its address."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import logging
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -18,7 +19,7 @@ from deepfake_utils.conventions import SAMPLE_RATE_HZ, CheckpointError, Deepfake
 from deepfake_utils.probing.shortcuts import bandwidth_hz, decibels, mean_spectrum
 from deepfake_utils.scoring.detector import SHIPPED, Detector, Judged, Verdict
 from deepfake_utils.scoring.weights import weights_file
-from deepfake_utils.serving.limits import Limits, Problem, too_busy
+from deepfake_utils.serving.limits import Limits, Places, Problem
 from deepfake_utils.serving.versions import POINTER
 from deepfake_utils.waveforms.decode import iter_audio
 from deepfake_utils.waveforms.decoders import read_header
@@ -139,6 +140,7 @@ class Scorer:
 
     Attributes:
         current: the detector in service.
+        waiting: the places of recordings that wait or are looked at.
         problem: why the pointer is not followed; "" where all is well.
 
     Raises:
@@ -147,34 +149,22 @@ class Scorer:
 
     def __init__(self, weights: str | None, models: Path, limits: Limits, **options):
         self._weights, self._pointer, self._options = weights, models / POINTER, options
-        self._limits, self._n_waiting, self.problem = limits, 0, ""
-        self._loading, self._counting = threading.Lock(), threading.Lock()
+        self.waiting = Places(
+            limits.concurrent + limits.queue, "recordings wait", concurrent=limits.concurrent, queue=limits.queue
+        )
+        self._loading, self.problem = threading.Lock(), ""
         self._pool = ThreadPoolExecutor(limits.concurrent, "scorer")
         self._seen = self._stamp()
         self.current = self._load()
 
-    @property
-    def n_waiting(self) -> int:
-        """Recordings that wait or are looked at."""
-        return self._n_waiting
-
-    def refuse_if_full(self) -> None:
-        """Refuse a recording that there is no room for."""
-        if self._n_waiting >= self._limits.concurrent + self._limits.queue:
-            raise too_busy("recordings wait", self._limits.queue, "queue")
-
-    def run(self, work: Callable, *arguments) -> Future:
-        """Let a thread do some work, where there is room.
+    async def run(self, work: Callable, *arguments):
+        """What some work gives that a thread does, where there is room; it is done even if nobody waits for it.
 
         Raises:
             Problem: too many wait.
         """
-        with self._counting:
-            self.refuse_if_full()
-            self._n_waiting += 1
-        future = self._pool.submit(work, *arguments)
-        future.add_done_callback(lambda _: self._one_less())
-        return future
+        with self.waiting:
+            return await asyncio.wrap_future(self._pool.submit(work, *arguments))
 
     def follow(self) -> InService:
         """The detector in service; where the pointer has changed, the next one is loaded beside it meanwhile."""
@@ -185,10 +175,6 @@ class Scorer:
     def close(self) -> None:
         """Let the threads end what they have begun."""
         self._pool.shutdown(cancel_futures=True)
-
-    def _one_less(self) -> None:
-        with self._counting:
-            self._n_waiting -= 1
 
     def _stamp(self) -> tuple | None:
         try:

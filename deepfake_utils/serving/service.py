@@ -15,7 +15,7 @@ from typing import BinaryIO
 from sqlalchemy.exc import SQLAlchemyError
 
 from deepfake_utils.files import atomic_write
-from deepfake_utils.serving.limits import Limits, Problem, as_problem, too_busy
+from deepfake_utils.serving.limits import Limits, Places, Problem, as_problem
 from deepfake_utils.serving.metrics import Metrics
 from deepfake_utils.serving.records import DONE, FAILED, Records, new_id
 from deepfake_utils.serving.scorer import Heard, Scorer, listen_to
@@ -63,7 +63,9 @@ class Service:
         self.records = Records(settings.database or f"sqlite:///{folder}/records.sqlite")
         models = Path(settings.models or folder / "models").absolute()
         self.scorer = Scorer(settings.weights, models, self.limits, use=settings.use, device=settings.device)
-        self.metrics = Metrics(self.scorer)
+        self.uploads = Places(self.limits.uploads, "uploads are under way", uploads=self.limits.uploads)
+        self.streams = Places(self.limits.streams, "live streams are under way", streams=self.limits.streams)
+        self.metrics = Metrics(self.scorer, self.uploads, self.streams)
         self._ending, self._new_job = threading.Event(), threading.Event()
         self._runner = threading.Thread(target=self._run_jobs, name="jobs")
 
@@ -87,7 +89,7 @@ class Service:
     # --- at once
 
     async def score(self, file: BinaryIO, client: str, keep: bool) -> dict:
-        """The answer on a recording; the file is closed afterwards.
+        """The answer on a recording.
 
         Raises:
             Problem, AudioError: there is none.
@@ -96,18 +98,13 @@ class Service:
         by, limits = self.scorer.follow(), self.limits
 
         def work() -> dict:
-            heard = listen_to(file, by, limits.recording_s, given_up)
-            return self._recorded(heard, file, client, keep, new_id())
+            with file:
+                heard = listen_to(file, by, limits.recording_s, given_up)
+                return self._recorded(heard, file, client, keep, new_id())
 
         try:
-            future = self.scorer.run(work)
-        except Problem:
-            file.close()
-            raise
-        future.add_done_callback(lambda _: file.close())
-        try:
             async with asyncio.timeout(limits.answer_s):
-                return await asyncio.wrap_future(future)
+                return await self.scorer.run(work)
         except TimeoutError:
             raise Problem(
                 503, "too slow here",
@@ -147,8 +144,9 @@ class Service:
         Raises:
             Problem: too many wait.
         """
-        if len(self.records.unfinished_jobs()) >= self.limits.jobs:
-            raise too_busy("jobs wait", self.limits.jobs, "jobs")
+        if (n_waiting := len(self.records.unfinished_jobs())) >= self.limits.jobs:
+            told = f"{n_waiting} jobs wait already: send it again later"
+            raise Problem(503, "too busy", told, limit={"jobs": self.limits.jobs})
         id = new_id()
         with file, atomic_write(self._jobs / id) as part, part.open("wb") as copy:
             shutil.copyfileobj(file, copy)
