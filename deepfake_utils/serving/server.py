@@ -42,8 +42,10 @@ class HurriedProtocol(H11Protocol):
         super().connection_lost(exc)
 
     def _watch(self) -> None:
-        is_late = self.conn.their_state is h11.SEND_BODY and self.cycle.response_complete  # answered, and sends on
-        is_waiting = is_late or self.conn.their_state is h11.IDLE
+        state, cycle = self.conn.their_state, self.cycle
+        is_late = state is h11.SEND_BODY and cycle is not None and cycle.response_complete  # answered, and sends on
+        is_http = self.transport.get_protocol() is self  # a WebSocket's transport is another protocol's from here on
+        is_waiting = is_http and (is_late or state is h11.IDLE)
         if is_waiting and self._deadline is None:
             self._deadline = self.loop.call_later(PATIENCE_S, self.transport.close)
         elif not is_waiting and self._deadline is not None:
