@@ -60,6 +60,7 @@ second_model: str = ""  # its architecture, where the file does not say it
 n_scored: int = 0  # trials of each split to score where there is no score file; 0: all
 n_measured: int = 1000  # recordings of each split for shortcuts and the second system
 n_rescored: int = 0  # eval clips scored again for trimming and embeddings; 0: 48 on a CPU, 2000 on a GPU
+n_conditions: int = 0  # eval clips scored again under codecs, noise, rooms and speed; 0: none, it takes 13 scorings
 n_hardest: int = 2  # clips of each kind of error to look at
 n_bootstrap: int = 1000  # bootstrap replicates of each interval
 
@@ -315,6 +316,25 @@ if detector is not None:
     print(f"{n_real} bona fide and {n_fake} spoofed eval clips; {cut_s.mean():.2f} s cut off on average.")
 
 # %% [markdown]
+# ## The same clips by another way
+#
+# A recording reaches a detector through a telephone, a messenger's codec, a noisy room. How often does it err then, and
+# how often at the threshold that was right for the clips as they are? (`n_conditions` clips; by default none, because
+# it takes thirteen scorings.)
+
+# %%
+from deepfake_utils.probing.robustness import condition_scores, robustness
+
+conditions = None
+if detector is not None and n_conditions:
+    another_way = division.balanced_subset(evaluation, n_conditions, seed)
+    under = condition_scores(detector, open_source(another_way), seed=seed)
+    conditions = robustness(under, another_way["label"].to_numpy())
+    tabulate(tables.condition_table(conditions))
+else:
+    print("Left out: this needs weights, and n_conditions above 0.")
+
+# %% [markdown]
 # ## How the detector sees the clips
 #
 # The last layer before the decision holds a vector for each clip. In two dimensions: do bona fide clips form one
@@ -458,7 +478,8 @@ def plain(table, orient):
 
 found = {
     "dev_threshold": threshold, "uses": points, "gap": plain(gap, "records"), "shortcuts": plain(alone, "records"),
-    "trimmed": plain(trimming, "index"), "second": plain(comparison, "index"),
+    "trimmed": plain(trimming, "index"), "conditions": plain(conditions, "records"),
+    "second": plain(comparison, "index"),
 }
 used = {
     "seed": seed, "scores": scored.scores_from, "weights": scored.weights, "second": second_name,

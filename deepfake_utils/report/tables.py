@@ -193,6 +193,17 @@ def comparison_table(compared: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def condition_table(conditions: pd.DataFrame) -> pd.DataFrame:
+    """Errors of the same clips under codecs, noise, rooms and speed, from `robustness`; percent."""
+    shown = {
+        "condition": conditions["condition"],
+        "EER %": conditions["eer"].map(percent),
+        "real rejected %": conditions["real_rejected"].map(percent),
+        "fake accepted %": conditions["fake_accepted"].map(percent),
+    }
+    return pd.DataFrame(shown)
+
+
 def shortcut_table(alone: pd.DataFrame) -> pd.DataFrame:
     """One row a decision rule: which side it calls bona fide, and its EER on eval with interval.
 
