@@ -103,7 +103,8 @@ def main() -> None:
         difference = np.abs(np.subtract(known["naive, reference AASIST"], known["ours, AASIST"])).max()
         print(f"scores of AASIST differ by at most {difference:.2g}")
         for name in ("ours, AASIST", "ours, shipped weights"):
-            ratios = [f"{speed[name, n] / speed['naive, reference AASIST', n]:.1f}" for n in options.clients]
+            naive_per_s = {n: speed["naive, reference AASIST", n] for n in options.clients}
+            ratios = [f"{speed[name, n] / per_s:.1f}" if per_s else "-" for n, per_s in naive_per_s.items()]
             print(f"{name}: {', '.join(ratios)} times as many requests a second as the naive service")
 
 
