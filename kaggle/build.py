@@ -59,7 +59,7 @@ def assemble(out: Path, owner: str) -> None:
     shutil.copytree(
         REPOSITORY / "deepfake_utils",
         out / DATASET / "deepfake_utils",
-        ignore=shutil.ignore_patterns("__pycache__", "*.pyc", ".*"),
+        ignore=shutil.ignore_patterns("__pycache__", "*.pyc", ".*", "serving"),  # no notebook needs the service
     )
     shutil.copy(REPOSITORY / "LICENSE", out / DATASET)
 
