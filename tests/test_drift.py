@@ -18,6 +18,7 @@ from deepfake_utils.conventions import ConfigError, ScoreError
 from deepfake_utils.demo import build_demo
 from deepfake_utils.serving import drift
 from deepfake_utils.serving.headless import NOTEBOOKS
+from deepfake_utils.serving.limits import Places
 from deepfake_utils.serving.metrics import Metrics
 from deepfake_utils.serving.records import Records
 from deepfake_utils.serving.versions import Versions
@@ -151,7 +152,9 @@ def test_every_number_on_the_dashboard_is_one_that_the_service_tells():
     text = (NOTEBOOKS.parent / "deepfake_utils" / "serving" / "grafana.json").read_text()
     assert {panel["type"] for panel in json.loads(text)["panels"]} >= {"timeseries", "heatmap", "table", "stat"}
     in_service = SimpleNamespace(version="v", calibration="c")
-    lines = Metrics(SimpleNamespace(n_waiting=0, current=in_service, problem="")).text().decode()
+    places = (Places(1, "uploads"), Places(1, "streams"))
+    scorer = SimpleNamespace(waiting=Places(1, "recordings"), current=in_service, problem="")
+    lines = Metrics(scorer, *places).text().decode()
     ending = {"counter": "", "gauge": "", "histogram": "_bucket"}  # a counter's name ends in _total already
     told = {name + ending[kind] for name, kind in re.findall(r"# TYPE (\w+) (\w+)", lines)}
     asked = set(re.findall(r"\bdeepfake_\w+", text))

@@ -92,7 +92,6 @@ class SpectrogramResNet(nn.Module):
         self.embed = nn.Linear(2 * config.pooled_channels, config.embedding_dim)
         self.dropout = nn.Dropout(config.dropout)
         self.output = nn.Linear(config.embedding_dim, 2)
-        self.to(memory_format=torch.channels_last)  # a training step then takes two thirds of the time
 
     @property
     def min_samples(self) -> int:
@@ -120,6 +119,7 @@ class SpectrogramResNet(nn.Module):
         """
         check_waveform(waveform, self.min_samples)
         x = F.relu(self.stem_norm(self.stem(self.spectrogram(waveform)[:, None])))
+        x = x.contiguous(memory_format=torch.channels_last)  # quicker on CPUs
         x = F.relu(self.join_norm(self.join(self.blocks(x).flatten(1, 2))))  # (B, pooled_channels, frames)
         mean = x.mean(2)
         deviation = ((x - mean[:, :, None]).square().mean(2) + 1e-4).sqrt()
