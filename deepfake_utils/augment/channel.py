@@ -73,8 +73,8 @@ def apply_bandstop(waveform: Tensor, params: BandParams) -> Tensor:
     """Take the band out, as SpecAugment's frequency mask does to a spectrogram (D. Park et al., arXiv 1904.08779).
 
     >>> tone = torch.sin(2 * torch.pi * 1000 * torch.arange(1600) / 16000)[None]
-    >>> apply_bandstop(tone, BandParams(torch.tensor([900.0]), torch.tensor([1100.0]))).abs().max() < 1e-5
-    tensor(True)
+    >>> bool(apply_bandstop(tone, BandParams(torch.tensor([900.0]), torch.tensor([1100.0]))).abs().max() < 1e-3)
+    True
     """
     low, high = on_device(waveform, *params)
     spectrum = torch.fft.rfft(waveform)
@@ -115,8 +115,8 @@ def draw_clipping(
 def apply_clipping(waveform: Tensor, over_db: Tensor) -> Tensor:
     """Cut the peaks off.
 
-    >>> apply_clipping(torch.tensor([[0.5, -1.0, 0.25]]), torch.tensor([20 * math.log10(2)])).tolist()
-    [[0.5, -0.5, 0.25]]
+    >>> apply_clipping(torch.tensor([[0.5, -1.0, 0.05]]), torch.tensor([20.0])).round(decimals=3)
+    tensor([[ 0.1000, -0.1000,  0.0500]])
     """
     (over_db,) = on_device(waveform, over_db)
     ceiling = waveform.abs().amax(1, keepdim=True) * 10 ** (-over_db[:, None] / 20)
