@@ -13,6 +13,7 @@ FLAGS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
     "--disable-background-networking", "--disable-component-update", "--remote-debugging-port=0",
     "--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream",
+    "--autoplay-policy=no-user-gesture-required",
 ]  # fmt: skip
 
 
@@ -46,9 +47,9 @@ class Browser:
         assert "exceptionDetails" not in done, done
         return done["result"].get("value")
 
-    def until(self, expression: str) -> None:
-        """Wait until an expression is true."""
-        wait_for(lambda: self.js(expression) or 1 / 0, ZeroDivisionError)
+    def until(self, expression: str, seconds: float = 60):
+        """Wait until an expression is true, and return its value."""
+        return wait_for(lambda: self.js(expression) or 1 / 0, ZeroDivisionError, seconds=seconds)
 
     def press(self, key: str, number: int, text: str = "") -> None:
         """Press and release a key, by its name and number."""

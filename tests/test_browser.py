@@ -1,9 +1,6 @@
 """The page in a real browser, on real files: the log-odds of Python, and nothing sent anywhere."""
 
-import asyncio
-import json
 import shutil
-import subprocess
 import threading
 import time
 from functools import partial
@@ -21,13 +18,8 @@ from deepfake_utils.demo.voice import draw_speaker, speak
 from deepfake_utils.scoring import weights as room
 from deepfake_utils.scoring.detector import SHIPPED, Detector
 from deepfake_utils.waveforms.resample import resample
+from tests.browser import Browser
 
-FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-    "--disable-background-networking", "--disable-component-update", "--remote-debugging-port=0",
-    "--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream",
-    "--autoplay-policy=no-user-gesture-required",
-)  # fmt: skip
 TIMEOUT_S = 180  # a machine may be busy
 
 
@@ -40,80 +32,21 @@ class Handler(SimpleHTTPRequestHandler):
         self.asked.append((self.command, self.path))
 
 
-class Browser:
-    """Chromium with one page, driven by its debugging protocol."""
-
-    def __init__(self, executable: str, profile: Path, *flags: str):
-        command = [executable, *FLAGS, *flags, f"--user-data-dir={profile}", "about:blank"]
-        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        port_file = profile / "DevToolsActivePort"
-        deadline = time.monotonic() + TIMEOUT_S
-        while not (port_file.is_file() and "\n" in port_file.read_text()):
-            assert time.monotonic() < deadline and self.process.poll() is None, "Chromium did not start"
-            time.sleep(0.1)
-        self.port, self.n = port_file.read_text().split()[0], 0
-        self.loop = asyncio.new_event_loop()
-        self.page = self.loop.run_until_complete(self._connect())
-
-    async def _connect(self):
-        from tornado.httpclient import AsyncHTTPClient
-        from tornado.websocket import websocket_connect
-
-        answer = await AsyncHTTPClient().fetch(f"http://127.0.0.1:{self.port}/json/list", request_timeout=TIMEOUT_S)
-        target = next(page for page in json.loads(answer.body) if page["type"] == "page")
-        return await websocket_connect(target["webSocketDebuggerUrl"], max_message_size=2**26)
-
-    def do(self, method: str, **parameters) -> dict:
-        """One command of the protocol and its result."""
-        self.n += 1
-
-        async def ask():
-            await self.page.write_message(json.dumps({"id": self.n, "method": method, "params": parameters}))
-            while (message := json.loads(await self.page.read_message())).get("id") != self.n:
-                pass
-            return message
-
-        message = self.loop.run_until_complete(asyncio.wait_for(ask(), TIMEOUT_S))
-        assert "error" not in message, message
-        return message["result"]
-
-    def value(self, expression: str):
-        """What JavaScript in the page comes to."""
-        found = self.do("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
-        assert "exceptionDetails" not in found, found
-        return found["result"].get("value")
-
-    def wait_for(self, expression: str):
-        """The first value of an expression that is true."""
-        deadline = time.monotonic() + TIMEOUT_S
-        while not (value := self.value(expression)):
-            assert time.monotonic() < deadline, f"{expression}; the page says {self.value('document.body.innerText')}"
-            time.sleep(0.2)
-        return value
+class Page(Browser):
+    """A browser on the page, with one of its models at a time."""
 
     def open(self, name: str):
         """The page with that model, once it is ready."""
         self.name = name
-        self.do("Page.navigate", url=f"{self.address}/{name}/")
+        self.call("Page.navigate", url=f"{self.address}/{name}/")
         ready = "location.pathname == '/%s/' && document.getElementById('state')?.textContent == 'Ready.'"
-        self.wait_for(ready % name)
+        self.until(ready % name, TIMEOUT_S)
 
     def judge(self, path: Path) -> dict:
         """The page's result for a file."""
-        self.value("window.result = null")
-        node = self.do("DOM.querySelector", nodeId=self.do("DOM.getDocument")["root"]["nodeId"], selector="#file")
-        self.do("DOM.setFileInputFiles", files=[str(path)], nodeId=node["nodeId"])
-        return self.wait_for("window.result")
-
-    def close(self):
-        self.loop.run_until_complete(_closed(self.page))
-        self.loop.close()
-        self.process.terminate()
-        self.process.wait(TIMEOUT_S)
-
-
-async def _closed(page):
-    page.close()
+        self.js("window.result = null")
+        self.choose("#file", path)
+        return self.until("window.result", TIMEOUT_S)
 
 
 # INT8 rounds: where two engines' spectra differ in the seventh digit, an activation now and then takes the next step.
@@ -130,7 +63,7 @@ def folder(tmp_path_factory):
             pytest.skip(f"no {name} model is shipped with these weights yet")
     folder = tmp_path_factory.mktemp("page")
     try:
-        phone = assemble(folder / "phone")
+        phone = assemble(folder / "phone", "phone")
         assemble(folder / "laptop", "laptop", phone)
         return folder
     except ConfigError as error:
@@ -148,7 +81,7 @@ def browser(folder, tmp_path_factory):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     heard = tmp_path_factory.mktemp("heard") / "microphone.wav"
     soundfile.write(heard, resample(babble(6), 16_000), 16_000)
-    browser = Browser(executable, tmp_path_factory.mktemp("profile"), f"--use-file-for-fake-audio-capture={heard}")
+    browser = Page(executable, tmp_path_factory.mktemp("profile"), heard)
     try:
         browser.address = f"http://127.0.0.1:{server.server_address[1]}"
         browser.open("laptop")
@@ -164,7 +97,7 @@ def babble(duration_s: float, seed: int = 0) -> np.ndarray:
     return 0.5 * sound / np.abs(sound).max()
 
 
-def same_as_python(browser: Browser, path: Path) -> int:
+def same_as_python(browser: Page, path: Path) -> int:
     """Compare the page's windows of a file with the detector's; how many there are."""
     page, expected, tolerance = browser.judge(path), Detector.load(browser.name)(path), TOLERANCE[browser.name]
     assert [window["startS"] for window in page["windows"]] == pytest.approx([w.start_s for w in expected.windows])
@@ -179,7 +112,7 @@ def test_real_files_get_the_log_odds_of_python(browser, reference_data, name):
     browser.open(name)
     files = sorted((reference_data / "asvspoof2019_subset").rglob("*.flac"))[::60][:3]
     assert sum(same_as_python(browser, path) for path in files) >= len(files)
-    assert browser.value("document.getElementById('timeline').hidden") is False
+    assert browser.js("document.getElementById('timeline').hidden") is False
 
 
 @pytest.mark.parametrize(
@@ -197,16 +130,16 @@ def test_silence_gets_no_verdict_and_what_is_no_audio_an_error(browser, tmp_path
     assert browser.judge(tmp_path / "silence.wav")["word"] == "no verdict"
     (tmp_path / "text.wav").write_text("no audio")
     assert browser.judge(tmp_path / "text.wav")["error"]
-    assert "did not work" in browser.value("document.getElementById('state').textContent")
+    assert "did not work" in browser.js("document.getElementById('state').textContent")
 
 
 def test_the_microphone_is_heard(browser):
-    browser.value("window.result = null")
-    browser.value("document.getElementById('microphone').click()")
-    browser.wait_for("document.getElementById('microphone').textContent == 'Stop'")
+    browser.js("window.result = null")
+    browser.js("document.getElementById('microphone').click()")
+    browser.until("document.getElementById('microphone').textContent == 'Stop'", TIMEOUT_S)
     time.sleep(6)
-    browser.value("document.getElementById('microphone').click()")
-    result = browser.wait_for("window.result")
+    browser.js("document.getElementById('microphone').click()")
+    result = browser.until("window.result", TIMEOUT_S)
     assert result["name"] == "microphone" and "error" not in result
 
 
@@ -216,7 +149,7 @@ def test_only_the_page_itself_was_asked_for(browser):
     known = {f"/{name}/{file}" for name in TOLERANCE for file in files}
     assert {path for _, path in Handler.asked} <= known | {"/favicon.ico"}
     refused = "fetch('http://localhost:9/', {method: 'POST', body: 'x'}).then(() => 'sent', (problem) => 'refused')"
-    assert browser.value(refused) == "refused"
+    assert browser.js(refused) == "refused"
 
 
 def test_what_cannot_be_assembled_is_refused_in_words(tmp_path, capsys):
