@@ -10,11 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deepfake_utils.augment.common import check_bounds, draw_uniform, on_device
-from deepfake_utils.conventions import SAMPLE_RATE_HZ
+from deepfake_utils.augment.common import NYQUIST_HZ, check_bounds, draw_uniform, mean_power, on_device
 
 KNOTS_HZ = (0.0, 125.0, 250.0, 500.0, 1000.0, 2000.0, 3000.0, 4000.0, 5500.0, 8000.0)  # of the equaliser
-NYQUIST_HZ = SAMPLE_RATE_HZ / 2
 
 
 class BandParams(NamedTuple):
@@ -55,8 +53,7 @@ def apply_equaliser(waveform: Tensor, gain_db: Tensor) -> Tensor:
     share = (frequency - knots[after - 1]) / (knots[after] - knots[after - 1])
     curve = gain_db[:, after - 1] * (1 - share) + gain_db[:, after] * share
     coloured = torch.fft.irfft(spectrum * 10 ** (curve / 20), waveform.shape[-1])
-    power = waveform.square().mean(1, keepdim=True) / coloured.square().mean(1, keepdim=True).clamp_min(1e-20)
-    return coloured * power.sqrt()
+    return coloured * (mean_power(waveform) / mean_power(coloured)).sqrt()
 
 
 def draw_bandstop(

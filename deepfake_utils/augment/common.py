@@ -8,8 +8,9 @@ import torch
 from scipy.fft import next_fast_len
 from torch import Tensor
 
-from deepfake_utils.conventions import ConfigError
+from deepfake_utils.conventions import SAMPLE_RATE_HZ, ConfigError
 
+NYQUIST_HZ = SAMPLE_RATE_HZ / 2
 SMALLEST_POWER = 1e-20  # mean squares are held above this, so that silence divides nothing by zero
 
 

@@ -15,11 +15,18 @@ import torch
 from scipy.special import betaincinv
 from torch import Tensor
 
-from deepfake_utils.augment.common import add_at_snr, check_bounds, draw_uniform, fir_filter, mean_power, on_device
+from deepfake_utils.augment.common import (
+    NYQUIST_HZ,
+    add_at_snr,
+    check_bounds,
+    draw_uniform,
+    fir_filter,
+    mean_power,
+    on_device,
+)
 from deepfake_utils.conventions import SAMPLE_RATE_HZ, ConfigError
 from deepfake_utils.waveforms.trimmed import FRAME_SAMPLES, SILENCE_DB
 
-NYQUIST_HZ = SAMPLE_RATE_HZ / 2
 MU = 255  # of G.711
 LOWPASS_TAPS = 257
 SPEED_STEPS = 100  # speeds are whole hundredths, so that blocks of 100 output samples start on input samples

@@ -129,12 +129,10 @@ def _say_needs(folder: Path, sources: pd.DataFrame, todo: pd.DataFrame, say: Cal
 
 def _collect_source(folder: Path, source: str, rows: pd.DataFrame, mirrors, origin: str) -> Iterator[tuple]:
     """(row, state, seconds, samples_md5) of every recording of one source, written where it is kept."""
-    repository = repositories.find_mirror(Path(mirrors), source) if mirrors is not None else None
-    fetched = None
-    if repository is None:
-        fetched = folder / ".repositories" / f"{source.replace('/', '+')}.git"
-        repository = repositories.bring(source, list(rows["commit"]), list(rows["path"]), fetched, origin)
-    contents = repositories.read_files(repository, list(rows["commit"]), list(rows["path"]))
+    fetched = folder / ".repositories" / f"{source.replace('/', '+')}.git"
+    contents = repositories.bring_and_read(
+        source, list(rows["commit"]), list(rows["path"]), fetched, mirrors=mirrors, origin=origin
+    )
     for row, content in zip(rows.itertuples(), contents, strict=True):
         if content is None:
             yield row, "not in the repository any more", 0.0, ""
@@ -142,8 +140,6 @@ def _collect_source(folder: Path, source: str, rows: pd.DataFrame, mirrors, orig
             yield row, "changed since the list was made", 0.0, ""
         else:
             yield row, *_keep(folder, row, content)
-    if fetched is not None:
-        shutil.rmtree(fetched, ignore_errors=True)
 
 
 def _keep(folder: Path, row, content: bytes) -> tuple[str, float, str]:

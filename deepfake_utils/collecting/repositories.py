@@ -73,6 +73,23 @@ def bring(source: str, commits: Sequence[str], paths: Sequence[str], folder: Pat
     return folder
 
 
+def bring_and_read(
+    source: str, commits: Sequence[str], paths: Sequence[str], folder: Path, *,
+    mirrors: str | os.PathLike | None = None, origin: str = ORIGIN,
+) -> Iterator[bytes | None]:  # fmt: skip
+    """Contents of files as of `read_files`, from a copy among `mirrors` or else fetched into `folder`.
+
+    What was fetched is removed once everything was read; until then a further call completes it.
+
+    Raises:
+        CorpusError: as `bring`.
+    """
+    copy = find_mirror(Path(mirrors), source) if mirrors is not None else None
+    yield from read_files(copy or bring(source, commits, paths, folder, origin), commits, paths)
+    if copy is None:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def read_files(repository: Path, commits: Sequence[str], paths: Sequence[str]) -> Iterator[bytes | None]:
     """Contents of files at their commits, in order; None for one that the repository does not hold."""
     command = [*_GIT, "-C", os.fspath(repository), "cat-file", "--batch"]

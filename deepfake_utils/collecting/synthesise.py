@@ -343,11 +343,10 @@ class Files(NamedTuple):
             CorpusError: they cannot be had.
         """
         commits = [self.commit] * len(self.paths)
-        repository = repositories.find_mirror(mirrors, self.source) if mirrors is not None else None
         with tempfile.TemporaryDirectory() as place:
-            if repository is None:
-                repository = repositories.bring(self.source, commits, self.paths, Path(place) / "engine.git")
-            contents = dict(zip(self.paths, repositories.read_files(repository, commits, self.paths), strict=True))
+            folder = Path(place) / "engine.git"
+            read = repositories.bring_and_read(self.source, commits, self.paths, folder, mirrors=mirrors)
+            contents = dict(zip(self.paths, read, strict=True))
         if None in contents.values():
             raise CorpusError(f"{self.source}, {self.commit}: without {', '.join(self.paths)}, which an engine needs")
         return contents
