@@ -18,17 +18,18 @@ the first convolution. Residual blocks are those of He et al., arXiv 1512.03385.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deepfake_utils.conventions import SAMPLE_RATE_HZ
 from deepfake_utils.models.layers import CMOutput, check_waveform
 from deepfake_utils.models.lfcc import LfccConfig, PowerSpectrum
 
-WINDOW, HOP = 512, 160
-FIRST_BIN, END_BIN = 2, 242  # 15 x 16 bins: 62 Hz to 7.53 kHz, which recordings of 16 and of 24 kHz both have
+LOWEST_HZ, HIGHEST_HZ = 62.5, 7562.5  # between these, which recordings of 16 and of 24 kHz both have; 240 of 257 bins
 FLOOR = 1e-7  # of a bin's power over the utterance's mean
 SCALE = 0.4  # brings the log power, natural, to a standard deviation of about 1
 
@@ -37,7 +38,8 @@ SCALE = 0.4  # brings the log power, natural, to a standard deviation of about 1
 class SpectrogramConfig:
     """Everything that shapes the network."""
 
-    hop_samples: int = HOP
+    window_samples: int = 512  # 32 ms part the harmonics of a voice; 8 ms its pulses
+    hop_samples: int = 160
     channels: tuple[int, ...] = (16, 32, 64)  # of each stage of two blocks
     stem_channels: int = 16
     pooled_channels: int = 64
@@ -78,11 +80,13 @@ class SpectrogramResNet(nn.Module):
     def __init__(self, config: SpectrogramConfig):
         super().__init__()
         self.config = config
-        frames = LfccConfig(window_samples=WINDOW, hop_samples=config.hop_samples, n_fft=WINDOW, pre_emphasis=0.0)
+        window = config.window_samples
+        frames = LfccConfig(window_samples=window, hop_samples=config.hop_samples, n_fft=window, pre_emphasis=0.0)
         self.power = PowerSpectrum(frames, torch.hann_window)
+        self.bins = slice(*(math.ceil(hz * window / SAMPLE_RATE_HZ) for hz in (LOWEST_HZ, HIGHEST_HZ)))
         self.stem = nn.Conv2d(1, config.stem_channels, (5, 3), stride=2, padding=(2, 1), bias=False)
         self.stem_norm = nn.BatchNorm2d(config.stem_channels)
-        blocks, channels, bins = [], config.stem_channels, (END_BIN - FIRST_BIN) // 2
+        blocks, channels, bins = [], config.stem_channels, -(-(self.bins.stop - self.bins.start) // 2)
         for wider in config.channels:
             blocks += [Block(channels, wider, stride=2), Block(wider, wider)]
             channels, bins = wider, -(-bins // 2)
@@ -96,11 +100,11 @@ class SpectrogramResNet(nn.Module):
     @property
     def min_samples(self) -> int:
         """Fewest samples of a waveform: one analysis window."""
-        return WINDOW
+        return self.config.window_samples
 
     def spectrogram(self, waveform: Tensor) -> Tensor:
-        """Log power without level and long-term spectrum: (B, T) -> (B, 240, frames)."""
-        power = self.power(waveform)[:, :, FIRST_BIN:END_BIN].transpose(1, 2)
+        """Log power without level and long-term spectrum: (B, T) -> (B, bins, frames)."""
+        power = self.power(waveform)[:, :, self.bins].transpose(1, 2)
         power = power / (power.mean((1, 2), keepdim=True) + 1e-9)
         log_power = (power + FLOOR).log()
         return SCALE * (log_power - log_power.mean(2, keepdim=True))
