@@ -55,12 +55,14 @@ def test_attack_bars_show_percent_in_falling_order():
     assert "A2\nn = 20" in text_of(figure) and "pooled 15.00 %" in text_of(figure)
 
 
-def test_training_curves_mark_the_kept_epoch():
+@pytest.mark.parametrize("selecting, kept", [("dev_eer", [2, 10]), ("dev_macro_eer", [3, 15])])
+def test_training_curves_mark_the_kept_epoch(selecting, kept):
     history = pd.DataFrame({"epoch": [1, 2, 3], "train_loss": [1, 0.5, 0.2], "dev_eer": [0.3, 0.1, 0.2],
-                            "learning_rate": [1e-3, 1e-3, 1e-4]})  # fmt: skip
-    figure = plots.training_curves(history)
-    assert "kept: 10.00 %" in text_of(figure)
-    assert figure.axes[1].collections[0].get_offsets()[0].tolist() == [2, 10]
+                            "dev_macro_eer": [0.3, 0.25, 0.15], "learning_rate": [1e-3, 1e-3, 1e-4]})  # fmt: skip
+    figure = plots.training_curves(history.assign(best_dev_eer=history[selecting].cummin()))
+    assert f"kept: epoch {kept[0]}, {kept[1]:.2f} %" in text_of(figure)
+    assert figure.axes[1].collections[0].get_offsets()[0].tolist() == pytest.approx(kept)
+    assert [line.get_label() for line in figure.axes[1].lines] == ["all trials", "mean over sources"]
 
 
 def test_clips_and_corpus_overview_render(tmp_path):

@@ -653,7 +653,8 @@ def test_macro_selection_needs_sources_and_keeps_its_own_best(corpus, tmp_path):
     with pytest.raises(TrainingError, match="selection='macro' needs a column 'source', and the dev protocol"):
         run(corpus, tmp_path, selection="macro")
     frames = [frame.assign(source=[f"s{n % 3}" for n in range(len(frame))]) for frame in corpus]
-    result, _ = run(frames, tmp_path, epochs=2, selection="macro", sampling="source")
+    result, said = run(frames, tmp_path, epochs=2, selection="macro", sampling="source")
+    assert f"best dev EER, mean over sources, {100 * result.best_dev_eer:.2f} %" in said
     assert result.best_dev_eer == result.history["dev_macro_eer"].min()
     assert json.loads((tmp_path / "best.json").read_text())["dev_macro_eer"] == result.best_dev_eer
 

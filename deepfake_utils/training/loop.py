@@ -315,7 +315,8 @@ def _say_settled(run: Run) -> None:
 
 
 def _result(folder: Path, config: TrainingConfig, state: State, stopped: str, say) -> FitResult:
-    reached = f"best dev EER {100 * state.best_dev_eer:.2f} % in epoch {state.best_epoch + 1} of {config.epochs}"
+    over = ", mean over sources," if config.selection == "macro" else ""
+    reached = f"best dev EER{over} {100 * state.best_dev_eer:.2f} % in epoch {state.best_epoch + 1} of {config.epochs}"
     say(f"finished:  {stopped}; {reached}")
     weights = folder / "best.safetensors"
     return FitResult(

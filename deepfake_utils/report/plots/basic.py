@@ -94,27 +94,29 @@ def spectrogram_grid(waveforms: Mapping[str, np.ndarray], *, n_columns: int = 4)
 
 
 def training_curves(history: pd.DataFrame) -> Figure:
-    """Training loss, dev EER and learning rate over the epochs; the kept epoch is marked.
+    """Training loss, dev EER and learning rate over the epochs; the epoch whose weights were kept is marked.
 
     Args:
-        history: as `fit` returns it, one row an epoch.
+        history: as `fit` returns it, one row an epoch. Its `best_dev_eer` is of the EER that selects, which may be
+            that of all trials or the mean over sources.
     """
     figure, (loss, eer, rate) = new_figure(1, 3, size=(9.6, 3.0))
     epochs = history["epoch"]
     loss.plot(epochs, history["train_loss"], color=BLACK, marker="o", markersize=3)
     loss.set(title="Training loss", xlabel="epoch", ylabel="weighted loss (nats)", ylim=(0, None))
-    eer.plot(epochs, 100 * history["dev_eer"], color=BLUE, marker="o", markersize=3)
-    best = history["dev_eer"].idxmin()
-    eer.scatter([epochs[best]], [100 * history["dev_eer"][best]], s=90, facecolors="none", edgecolors=VERMILION,
-                linewidths=2, label=f"kept: {100 * history['dev_eer'][best]:.2f} %")  # fmt: skip
+    for name, style, label in (("dev_eer", "-", "all trials"), ("dev_macro_eer", "--", "mean over sources")):
+        if name in history:
+            eer.plot(epochs, 100 * history[name], color=BLUE, linestyle=style, marker="o", markersize=3, label=label)
+    kept = history["best_dev_eer"].idxmin()
+    kept_eer = 100 * history["best_dev_eer"][kept]
+    eer.scatter([epochs[kept]], [kept_eer], s=90, facecolors="none", edgecolors=VERMILION,
+                linewidths=2, label=f"kept: epoch {epochs[kept]}, {kept_eer:.2f} %")  # fmt: skip
     eer.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(0, -0.2))
     eer.set(title="Dev equal error rate", xlabel="epoch", ylabel="EER (%)", ylim=(0, None))
     rate.plot(epochs, history["learning_rate"], color=GREEN, marker="o", markersize=3)
     rate.set(title="Learning rate at the epoch's end", xlabel="epoch", ylabel="learning rate", yscale="log")
     for axis in (loss, eer, rate):
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for axis in (loss, eer, rate):
-        axis.xaxis.get_major_locator().set_params(integer=True)
     return figure
 
 
