@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deepfake_utils.conventions import ConfigError
+from deepfake_utils.conventions import BONAFIDE, SPOOF, ConfigError
 
 
 class WeightedCrossEntropy(nn.Module):
@@ -144,6 +144,31 @@ class P2SGrad(nn.Module):
     def logits(self, embedding: Tensor) -> Tensor:
         """(B, D) to (B, 2): the cosines to the spoof and the bona fide direction."""
         return _cosine(embedding, self.directions)
+
+
+def distillation_loss(logits: Tensor, teacher_log_odds: Tensor, temperature: float) -> Tensor:
+    """Cross-entropy with a teacher's softened answer: T^2 times the mean of -q log p - (1 - q) log(1 - p).
+
+    q and p are the teacher's and the student's probability of bona fide, each the sigmoid of its log-odds divided by
+    the temperature T: the softmax of Hinton et al., equation 1, of two classes. Their gradients shrink with T^2, which
+    the factor takes back (their section 2), so that T does not change what the labels weigh beside it.
+
+    Args:
+        logits: the student's, (B, 2), spoof and bona fide.
+        teacher_log_odds: (B,), natural logarithm of the odds of bona fide.
+        temperature: T, positive; 1 leaves the answers as they are.
+
+    Returns:
+        A scalar in float32.
+
+    Source: Hinton, Vinyals and Dean, "Distilling the knowledge in a neural network", arXiv 1503.02531.
+
+    >>> distillation_loss(torch.zeros(1, 2), torch.zeros(1), 2.0).item() / 4  # log 2
+    0.6931471824645996
+    """
+    student = (logits[:, BONAFIDE] - logits[:, SPOOF]).float() / temperature
+    softened = torch.sigmoid(teacher_log_odds.float() / temperature)
+    return temperature**2 * F.binary_cross_entropy_with_logits(student, softened)
 
 
 def _cosine(embedding: Tensor, directions: Tensor) -> Tensor:

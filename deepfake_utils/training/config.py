@@ -26,6 +26,10 @@ def _number(default, kind: type, low: float, high: float = math.inf, auto: bool 
     return field(default=default, metadata={"kind": kind, "low": low, "high": high, "auto": auto})
 
 
+def _files():
+    return field(default=(), metadata={"kind": os.PathLike})
+
+
 def _options():
     return field(default_factory=dict, metadata={"kind": dict})
 
@@ -54,6 +58,9 @@ class TrainingConfig:
     cycle_epochs: int = _number(10, int, 1)  # length of one cycle of the cyclical schedule
     loss: str = _name("cross_entropy", LOSSES)
     class_weights: tuple[float, float] = field(default=(0.1, 0.9), metadata={"kind": tuple})  # spoof, bona fide
+    teachers: tuple[str, ...] = _files()  # weights whose mean log-odds the student learns beside the labels
+    distil_weight: float = _number(0.7, float, 0, 1)  # of what the teachers say; the labels have the rest
+    temperature: float = _number(2.0, float, 0.1, 100)  # that softens what the teachers say: see models.losses
     augmentation: str = _name("none", AUGMENTATIONS)
     augmentation_options: dict = _options()  # effect -> settings that replace the recipe's, or None
     augmentation_rise: float = _number(0.0, float, 0, 1)  # of the run, in which the share augmented grows from 0 to all
@@ -82,6 +89,9 @@ class TrainingConfig:
             )
         if self.epochs == "auto" and not self.time_budget_s:
             raise ConfigError("epochs 'auto' fills a time budget: give time_budget_s too, or a number of epochs")
+
+        if self.teachers and self.loss != "cross_entropy":
+            raise ConfigError(f"loss {self.loss!r} has no log-odds to teach: with teachers, expected 'cross_entropy'")
 
     def replace(self, **changes) -> TrainingConfig:
         """A copy with some settings changed.
@@ -119,6 +129,10 @@ def _checked(name: str, value, kind: type, known=None, low=-math.inf, high=math.
         if not numbers or min(value) <= 0:
             raise ConfigError(f"{name} {value!r}: expected two positive numbers (spoof, bona fide)")
         return tuple(map(float, value))
+    if kind is os.PathLike:
+        if not isinstance(value, (tuple, list)) or not all(isinstance(part, (str, os.PathLike)) for part in value):
+            raise ConfigError(f'{name} {value!r}: expected a list of files, such as ["a.safetensors"]')
+        return tuple(map(os.fspath, value))
     if kind in KIND_IN_WORDS:
         if auto and value == "auto":
             return value

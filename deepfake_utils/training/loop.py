@@ -38,6 +38,7 @@ from deepfake_utils.training.run import Run, State
 from deepfake_utils.training.sampling import sampling_weights
 from deepfake_utils.training.schedule import learning_rate
 from deepfake_utils.training.selection import score_dev
+from deepfake_utils.training.teachers import fingerprint_of_teachers
 from deepfake_utils.waveforms import train_batches
 from deepfake_utils.waveforms.batches import Batch, Batches
 
@@ -102,6 +103,7 @@ def fit(
     started, config, folder = time.monotonic(), config or TrainingConfig(), Path(run_dir)
     check_protocols(train, dev, config)
     fingerprints = {"train": going_on.fingerprint(train), "dev": going_on.fingerprint(dev)}
+    fingerprints["teachers"] = fingerprint_of_teachers(config.teachers)
     with World() as world, Interrupts() as interrupts:
         say = say if world.is_main else _silent
         saved = going_on.load_checkpoint(folder, config, fingerprints) if resume else None
@@ -193,6 +195,9 @@ def take_step(run: Run, batch: Batch) -> torch.Tensor:
                 output = run.parallel(waveform, **mask)
             share = run.criterion.mass(target) / whole
             part = share * run.criterion(output.logits.float(), output.embedding.float(), target)
+            if run.teachers:
+                taught = len(target) / config.batch_size * run.teachers.loss(output.logits, waveform)
+                part = torch.lerp(part, taught, config.distil_weight)
             scaler.scale(part * run.world.size).backward()
             loss += part.detach()
         run.world.average_gradients(run.criterion)

@@ -25,6 +25,7 @@ from deepfake_utils.training.plan import LONGEST_SHORT_RUN
 from deepfake_utils.training.resume import CHECKPOINT, restore, settled_config
 from deepfake_utils.training.run import Pace, Run, State
 from deepfake_utils.training.schedule import SharpnessAware, build_average, build_optimizer
+from deepfake_utils.training.teachers import load_teachers
 from deepfake_utils.waveforms import open_source
 
 
@@ -76,6 +77,7 @@ def open_run(
     model.to(device).train(), criterion.to(device)
     if config.band_mask:
         sinc_bands(model)  # told now where there are none
+    teachers = load_teachers(config, device, say)
     # Waveforms before the batch: what they take of the device's memory is not there for it.
     source, dev_source = (
         open_source(protocol, kind=config.data_path, folder=waveforms_dir, device=device, say=say)
@@ -90,7 +92,7 @@ def open_run(
     run = Run(
         wish=config, config=settled, train=train, dev=dev, fingerprints=fingerprints, folder=folder, say=say,
         world=world, device=device, precision=precision, source=source, dev_source=dev_source, augment=augment,
-        model=model, parallel=model, criterion=criterion, optimizer=optimizer,
+        model=model, parallel=model, criterion=criterion, teachers=teachers, optimizer=optimizer,
         scaler=torch.amp.GradScaler(device.type, enabled=precision.needs_scaler),
         average=build_average(model, settled),
         sam=SharpnessAware(optimizer, settled.sam_rho) if settled.sam_rho else None,

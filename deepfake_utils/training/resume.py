@@ -24,8 +24,9 @@ from deepfake_utils.training.run import Run, State
 
 CHECKPOINT = "checkpoint.pt"
 VERSION = 2  # of the checkpoint's contents
-# Settings that may change between a run and its resumption without changing what is computed.
-FREE_TO_CHANGE = ("time_budget_s", "checkpoint_every_s", "data_path", "patience_epochs")
+# Settings that may change between a run and its resumption without changing what is computed; teachers may move, and
+# are known by their fingerprints.
+FREE_TO_CHANGE = ("time_budget_s", "checkpoint_every_s", "data_path", "patience_epochs", "teachers")
 
 
 def end_reason(config: TrainingConfig, state: State) -> str:
@@ -62,7 +63,7 @@ def load_checkpoint(folder: Path, wish: TrainingConfig, fingerprints: dict[str, 
 
     Args:
         wish: the configuration as it is given now.
-        fingerprints: of the train and the dev protocol.
+        fingerprints: of the train and the dev protocol, and of the teachers.
 
     Raises:
         CheckpointError: it is damaged, or of another version of this package.
@@ -77,16 +78,17 @@ def load_checkpoint(folder: Path, wish: TrainingConfig, fingerprints: dict[str, 
             f"{path} is of format {saved.get('version')}, expected {VERSION}: finish that run with the version of this "
             "package that began it, or use another run_dir, or resume=False to replace it"
         )
-    now, then, settled = wish.to_dict(), saved["wish"], saved["settled"]
+    # A setting that is younger than the run had no effect on it, as its default has none.
+    now, then, settled = wish.to_dict(), TrainingConfig().to_dict() | saved["wish"], saved["settled"]
     changed = [
         f"{name} was {then.get(name)!r}, is {value!r}"
         for name, value in now.items()
         if name not in FREE_TO_CHANGE and value not in (then.get(name), settled.get(name))
     ]
     changed += [
-        f"the {split} recordings or labels are others"
-        for split, digits in fingerprints.items()
-        if saved["fingerprints"][split] != digits
+        "the teachers are others" if name == "teachers" else f"the {name} recordings or labels are others"
+        for name, digits in fingerprints.items()
+        if saved["fingerprints"].get(name, "") != digits
     ]
     if changed:
         raise TrainingError(

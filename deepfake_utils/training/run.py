@@ -18,6 +18,7 @@ from deepfake_utils.machine import Precision
 from deepfake_utils.training.config import TrainingConfig
 from deepfake_utils.training.parallel import World
 from deepfake_utils.training.schedule import SharpnessAware
+from deepfake_utils.training.teachers import Teachers
 from deepfake_utils.waveforms import Source
 from deepfake_utils.waveforms.batches import Augmentation
 
@@ -70,7 +71,7 @@ class Run:
     config: TrainingConfig  # as it is carried out: "auto" replaced by numbers
     train: pd.DataFrame
     dev: pd.DataFrame
-    fingerprints: dict[str, str]  # of train and dev
+    fingerprints: dict[str, str]  # of train, dev and teachers
     folder: Path
     say: Callable[[str], None]
     world: World
@@ -82,6 +83,7 @@ class Run:
     model: nn.Module
     parallel: nn.Module  # the same model, as several processes train it
     criterion: nn.Module
+    teachers: Teachers | None
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     average: AveragedModel | None
