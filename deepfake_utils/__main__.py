@@ -182,6 +182,8 @@ def score(options: argparse.Namespace) -> int:
     from deepfake_utils.scoring.outputs import Outputs
     from deepfake_utils.scoring.score import list_recordings
 
+    if options.fleet:
+        return score_on_cluster(options)
     files, passed_over = list_recordings(options.audio)
     if passed_over:
         print(passed_over, file=sys.stderr)
@@ -215,6 +217,29 @@ def score(options: argparse.Namespace) -> int:
             if len(files) > 1:
                 found = ", ".join(f"{n:,} {word}" for word, n in counts.most_common()) or "none"
                 print(f"{counts.total():,} of {len(files):,} recordings looked at: {found}", file=sys.stderr)
+    return SOME_UNREADABLE if counts["unreadable"] else DONE
+
+
+def score_on_cluster(options: argparse.Namespace) -> int:
+    """Score recordings without end on a Ray cluster, into a folder of Parquet files; go on where a run was ended."""
+    from deepfake_utils.scoring.detector import Detector
+    from deepfake_utils.scoring.outputs import introduction
+
+    try:
+        from deepfake_utils.serving.fleet import score_fleet
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{error.name} is missing: pip install 'deepfake-utils[fleet]'") from None
+    if given := [f"--{name}" for name in ("csv", "json", "timeline", "pictures", "out") if getattr(options, name)]:
+        raise ConfigError(f"{', '.join(given)} and --fleet: a fleet writes Parquet into its folder and nothing else")
+    weights = options.onnx or options.weights
+    settings = {
+        "weights": os.path.abspath(weights) if weights and os.path.exists(weights) else weights,
+        "model": options.model, "use": options.use, "device": options.device, "whole": not options.first_window,
+    }  # fmt: skip
+    print("\n".join(introduction(Detector.load(**settings))), file=sys.stderr)  # what is wrong with them is said here
+    counts = score_fleet(options.audio, options.fleet, **settings)
+    found = ", ".join(f"{n:,} {word}" for word, n in counts.most_common())
+    print(f"{counts.total():,} recordings in {options.fleet}: {found}")
     return SOME_UNREADABLE if counts["unreadable"] else DONE
 
 
@@ -412,6 +437,9 @@ def build_parser() -> Parser:
     command.add_argument("--pictures", metavar="FOLDER", type=Path, help="draw every recording over time, with what "
                          "sounds fake in it")  # fmt: skip
     command.add_argument("--out", metavar="FILE", type=Path, help="write a score file, CSV, for the command evaluate")
+    command.add_argument("--fleet", metavar="FOLDER", type=Path, help="score on the Ray cluster of RAY_ADDRESS, or on "
+                         "all cores of this machine, into FOLDER as Parquet; the same command goes on where a run was "
+                         "ended. A RECORDING that ends in .txt is then a list, one name a line")  # fmt: skip
     command.set_defaults(run=score)
 
     command = commands.add_parser("evaluate", help="figures of a score file", description=evaluate.__doc__)

@@ -162,11 +162,7 @@ class Outputs:
 
     def introduce(self, detector: Detector) -> None:
         """Say on standard error what the verdicts come from and assume, and begin the table."""
-        lines = [f"weights  {detector.facts['weights']}, by {detector.engine}", f"score    {detector.score_meaning}"]
-        lines += [f"use      {describe_use(detector)}"] if detector.is_calibrated else []
-        for line in [*lines, *(f"warning: {text}" for text in detector.warnings)]:
-            print(shown(line), file=sys.stderr)
-        sys.stderr.flush()
+        print("\n".join(introduction(detector)), file=sys.stderr, flush=True)
         self._known_warnings = detector.warnings
         self._about = {
             "score": detector.score_meaning,
@@ -225,6 +221,13 @@ class Outputs:
         if file.is_beside:
             with atomic_write(companion_path(file.path)) as part:
                 part.write_text(json.dumps(self._about | about, indent=2) + "\n", encoding="utf-8")
+
+
+def introduction(detector: Detector) -> list[str]:
+    """What its verdicts come from and assume, in lines."""
+    lines = [f"weights  {detector.facts['weights']}, by {detector.engine}", f"score    {detector.score_meaning}"]
+    lines += [f"use      {describe_use(detector)}"] if detector.is_calibrated else []
+    return [shown(line) for line in [*lines, *(f"warning: {text}" for text in detector.warnings)]]
 
 
 def table_line(row: dict, verdict: Verdict | AudioError, known_warnings: tuple[str, ...] = ()) -> str:
