@@ -18,6 +18,7 @@ ray = pytest.importorskip("ray", reason="the extra fleet is not installed")
 fleet = pytest.importorskip("deepfake_utils.serving.fleet", reason="the extra fleet is not installed")
 
 from deepfake_utils import Detector  # noqa: E402
+from deepfake_utils.__main__ import main  # noqa: E402
 from deepfake_utils.conventions import AudioError, ConfigError  # noqa: E402
 from deepfake_utils.scoring.verdict import ROW_COLUMNS  # noqa: E402
 from tests.ray_cluster import two_nodes  # noqa: E402
@@ -77,7 +78,7 @@ def workers() -> list[psutil.Process]:
     return [p for p in psutil.process_iter(["cmdline"]) if "MapWorker" in " ".join(p.info["cmdline"] or ())]
 
 
-def test_killed_worker_and_killed_driver_lose_nothing_and_nothing_comes_twice(cluster, recordings, tmp_path):
+def test_killed_worker_and_killed_driver_lose_nothing_and_nothing_comes_twice(cluster, recordings, tmp_path, capsys):
     out = tmp_path / "out"
     first = Driver(recordings, "--fleet", out, environment=cluster)
     wait_for_parts(4, out, first)
@@ -107,10 +108,10 @@ def test_killed_worker_and_killed_driver_lose_nothing_and_nothing_comes_twice(cl
     assert sorted(path.name for path in (out / "verdicts").iterdir()) == sorted(path.name for path in parts(out))
 
     whole = parts(out)
-    code, again, errors = Driver(recordings, "--fleet", out, environment=cluster).end()
-    assert (code, again) == (1, said) and parts(out) == whole, errors
-    code, _, errors = Driver(recordings, "--use", "forensic", "--fleet", out, environment=cluster).end()
-    assert code == 2 and "other use" in errors
+    assert main(["score", str(recordings), "--fleet", str(out)]) == 1  # nothing is left to do
+    assert capsys.readouterr().out == said and parts(out) == whole
+    assert main(["score", str(recordings), "--use", "forensic", "--fleet", str(out)]) == 2
+    assert "other use" in capsys.readouterr().err
 
 
 class Deadly:
