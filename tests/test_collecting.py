@@ -17,6 +17,7 @@ from deepfake_utils.collecting.sources import small_part
 from deepfake_utils.collecting.speech import speech_seconds
 from deepfake_utils.conventions import CorpusError
 from deepfake_utils.corpora import find_corpora
+from deepfake_utils.waveforms.decode import read_audio
 
 COMMIT_AS = ("git", "-c", "user.name=t", "-c", "user.email=t@t", "-c", "init.defaultBranch=main")
 
@@ -102,15 +103,28 @@ def test_nothing_at_all_is_an_error(mirrors, tmp_path):
         collect(tmp_path / "out", origin=f"file://{tmp_path}/nowhere", sources=sources, say=str)
 
 
-def test_copies_are_added_as_spoofs_of_the_same_source(mirrors, tmp_path, monkeypatch):
+def test_copies_lie_beside_their_originals_and_differ_in_nothing_but_the_vocoder(mirrors, tmp_path, monkeypatch):
     room = sys.modules[synthesise.__module__]
 
+    def halved(waveform, rng):
+        return 0.5 * waveform, 16_000
+
     folder, sources = mirrors
-    collect(tmp_path / "out", mirrors=folder, sources=sources, say=str)
-    monkeypatch.setattr(room, "ENGINES", {"griffin-lim": room.ENGINES["griffin-lim"]})
+    before = collect(tmp_path / "out", mirrors=folder, sources=sources, say=str)
+    monkeypatch.setattr(room, "ENGINES", {"halved": room.Engine(halved, lambda: True, speaks=False, copy_s=0.6)})
     rows = synthesise(tmp_path / "out", 2, say=str)
-    assert list(rows["label"]) == ["spoof"] * 2 and set(rows["source"]) == {"a/one"}
-    assert len(collect(tmp_path / "out", mirrors=folder, sources=sources, say=str)) == 6
+    assert list(rows["label"]) == ["bonafide", "spoof"] * 2 and list(rows["family"]) == ["-", "halved"] * 2
+    assert set(rows["source"]) == {"synthesised/halved"} and set(rows["split"]) == {"train"}
+    clips = [read_audio(tmp_path / "out" / path) for path in rows["path"]]
+    for original, copy in zip(clips[::2], clips[1::2], strict=True):
+        assert len(original) == 9_600 and np.abs(original).max() > 0.01
+        np.testing.assert_allclose(copy, original / 2, rtol=0, atol=1 / 32768)
+    assert rows["path"].iloc[0] != rows["path"].iloc[2] and not np.array_equal(clips[0], clips[2])
+    after = collect(tmp_path / "out", mirrors=folder, sources=sources, say=str)
+    assert len(after) == len(before) + 4
+    # Originals are not copied again, so that a second call finds everything made.
+    assert synthesise(tmp_path / "out", 2, say=str).equals(rows)
+    assert collect(tmp_path / "out", mirrors=folder, sources=sources, say=str).equals(after)
 
 
 def test_engines_are_chosen_by_name_and_clips_of_earlier_calls_stay(mirrors, tmp_path, monkeypatch):
@@ -125,9 +139,9 @@ def test_engines_are_chosen_by_name_and_clips_of_earlier_calls_stay(mirrors, tmp
     engines["absent"] = room.Engine(attenuated, lambda: False, speaks=False)
     monkeypatch.setattr(room, "ENGINES", engines)
     for name in ("one", "two"):
-        assert set(synthesise(tmp_path / "out", 2, engines=[name], say=str)["family"]) == {name}
+        assert set(synthesise(tmp_path / "out", 2, engines=[name], say=str)["source"]) == {f"synthesised/{name}"}
     made = pd.read_csv(tmp_path / "out" / "synthesised.csv")
-    assert sorted(made["family"]) == ["one", "one", "two", "two"] and made["path"].is_unique
+    assert sorted(made["family"]) == ["-"] * 4 + ["one"] * 2 + ["two"] * 2 and made["path"].is_unique
     with pytest.raises(CorpusError, match="no engine absent here: expected some of one, two"):
         synthesise(tmp_path / "out", 2, engines=["one", "absent"], say=str)
 
