@@ -6,6 +6,11 @@ without loading torch.
 
 from importlib import import_module
 
+import pandas as pd
+
+# Names of files are bytes, and not all of them are UTF-8, which pandas 3 asks of text where it finds pyarrow installed.
+pd.set_option("mode.string_storage", "python")
+
 __version__ = "0.1.0"
 
 _HOME = {
