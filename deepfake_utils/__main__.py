@@ -251,10 +251,14 @@ def serve(options: argparse.Namespace) -> int:
     followed without a restart.
     """
     try:
-        from deepfake_utils.serving.server import serve as run
+        if options.fleet:
+            from deepfake_utils.serving.replicas import serve_fleet as run
+        else:
+            from deepfake_utils.serving.server import serve as run
         from deepfake_utils.serving.service import Settings
     except ModuleNotFoundError as error:
-        raise ConfigError(f"{error.name} is missing: pip install 'deepfake-utils[serve]'") from None
+        extra = "fleet" if options.fleet else "serve"
+        raise ConfigError(f"{error.name} is missing: pip install 'deepfake-utils[{extra}]'") from None
     pairs = [pair.partition("=") for pair in os.environ.get("DEEPFAKE_TOKENS", "").split(",") if pair.strip()]
     if not all(name.strip() and token.strip() for name, _, token in pairs):
         raise ConfigError('DEEPFAKE_TOKENS: expected NAME=TOKEN,..., such as "anna=SECRET"')
@@ -468,6 +472,8 @@ def build_parser() -> Parser:
     command.add_argument("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:N")
     command.add_argument("--host", default="127.0.0.1", help="address to listen on; default: this machine alone")
     command.add_argument("--port", type=int, default=8000, help="default: 8000; 0 takes a free one")
+    command.add_argument("--fleet", action="store_true", help="as replicas on the Ray cluster of RAY_ADDRESS, or on "
+                         "all cores of this machine")  # fmt: skip
     command.set_defaults(run=serve)
 
     command = commands.add_parser("export", help="write a model as ONNX", description=export.__doc__)

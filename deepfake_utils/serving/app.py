@@ -123,13 +123,14 @@ def refusals(*statuses: int) -> dict:
     return {status: {"description": HTTPStatus(status).phrase, "content": content} for status in (401, *statuses)}
 
 
-def create_app(service: Service) -> FastAPI:
-    """The service as an ASGI application, which starts and closes it."""
+def create_app(service: Service, *, runs_jobs: bool = True) -> FastAPI:
+    """The service as an ASGI application, which starts and closes it. runs_jobs: False where another process does."""
     limits, tokens = service.limits, service.settings.tokens
 
     @asynccontextmanager
     async def lifespan(app: FastAPI):
-        service.start()
+        if runs_jobs:
+            service.start()
         yield
         await asyncio.to_thread(service.close)
 

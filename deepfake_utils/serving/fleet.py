@@ -142,11 +142,16 @@ def _take_in(folder: Path, wish: dict, audio: Sequence) -> pd.DataFrame:
     return inputs
 
 
-def _look_at(missing: list[dict], folder: Path, wish: dict, options: dict) -> None:
-    """All the missing parts, on as many workers as the cluster has cores."""
+def connect() -> None:
+    """Join the cluster of RAY_ADDRESS, else the one that runs on this machine, else make one of its cores."""
     if not ray.is_initialized():
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is told to anybody
         ray.init(logging_level=logging.ERROR, log_to_driver=False)
+
+
+def _look_at(missing: list[dict], folder: Path, wish: dict, options: dict) -> None:
+    """All the missing parts, on as many workers as the cluster has cores."""
+    connect()
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False

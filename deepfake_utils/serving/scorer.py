@@ -136,7 +136,7 @@ class Scorer:
     Args:
         weights: what to use while no pointer says otherwise; as for `Detector.load`.
         models: folder with the pointer `current.json`, which is followed while the service runs.
-        options: for `Detector.load`: use, device.
+        load, options: what gives the detector, as `Detector.load` does; its use and device.
 
     Attributes:
         current: the detector in service.
@@ -147,8 +147,9 @@ class Scorer:
         DeepfakeUtilsError: the weights cannot be loaded.
     """
 
-    def __init__(self, weights: str | None, models: Path, limits: Limits, **options):
+    def __init__(self, weights: str | None, models: Path, limits: Limits, load: Callable = Detector.load, **options):
         self._weights, self._pointer, self._options = weights, models / POINTER, options
+        self._load_detector = load
         self.waiting = Places(
             limits.concurrent + limits.queue, "recordings wait", concurrent=limits.concurrent, queue=limits.queue
         )
@@ -196,7 +197,7 @@ class Scorer:
 
     def _load(self) -> InService:
         if self._seen is None:
-            detector = Detector.load(self._weights, **self._options)
+            detector = self._load_detector(self._weights, **self._options)
             file = weights_file(SHIPPED if self._weights is None else self._weights)
             return InService(detector, f"{file.stem}-{hashlib.sha256(file.read_bytes()).hexdigest()[:8]}")
         try:
@@ -207,4 +208,4 @@ class Scorer:
                 f'{self._pointer} cannot be followed ({error!r}): expected {{"weights": path, "version": name}}'
             ) from None
         beside = self._pointer.parent / weights
-        return InService(Detector.load(beside if beside.exists() else weights, **self._options), version)
+        return InService(self._load_detector(beside if beside.exists() else weights, **self._options), version)

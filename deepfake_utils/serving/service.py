@@ -8,6 +8,8 @@ import logging
 import math
 import shutil
 import threading
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -15,12 +17,14 @@ from typing import BinaryIO
 from sqlalchemy.exc import SQLAlchemyError
 
 from deepfake_utils.files import atomic_write
+from deepfake_utils.scoring.detector import Detector
 from deepfake_utils.serving.limits import Limits, Places, Problem, as_problem
 from deepfake_utils.serving.metrics import Metrics
 from deepfake_utils.serving.records import DONE, FAILED, Records, new_id
 from deepfake_utils.serving.scorer import Heard, Scorer, listen_to
 
 log = logging.getLogger("uvicorn.error")
+ACCEPTING_S = 120.0  # from an upload on the disk to its record, at most; another process may be at it
 JOB_WAIT_S = 1.0  # between looks for a job that another process has accepted
 
 
@@ -50,11 +54,15 @@ class Settings:
 class Service:
     """A detector with a memory.
 
+    Args:
+        settings: how it is set up.
+        load: gives the detector, as `Detector.load` does.
+
     Raises:
         DeepfakeUtilsError: the weights or the database cannot be had.
     """
 
-    def __init__(self, settings: Settings):
+    def __init__(self, settings: Settings, load: Callable[..., Detector] = Detector.load):
         self.settings, self.limits = settings, settings.limits
         folder = Path(settings.folder).absolute()
         self._kept, self._jobs = folder / "kept", folder / "jobs"
@@ -62,7 +70,8 @@ class Service:
             private.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.records = Records(settings.database or f"sqlite:///{folder}/records.sqlite")
         models = Path(settings.models or folder / "models").absolute()
-        self.scorer = Scorer(settings.weights, models, self.limits, use=settings.use, device=settings.device)
+        options = {"use": settings.use, "device": settings.device}
+        self.scorer = Scorer(settings.weights, models, self.limits, load, **options)
         self.uploads = Places(self.limits.uploads, "uploads are under way", uploads=self.limits.uploads)
         self.streams = Places(self.limits.streams, "live streams are under way", streams=self.limits.streams)
         self.metrics = Metrics(self.scorer, self.uploads, self.streams)
@@ -74,15 +83,16 @@ class Service:
         self.records.revive_jobs()
         unfinished = self.records.unfinished_jobs()
         for path in self._jobs.iterdir():  # uploads that were never accepted, because the service ended
-            if path.name not in unfinished:
-                path.unlink()
+            if path.name not in unfinished and time.time() - path.stat().st_mtime > ACCEPTING_S:
+                path.unlink(missing_ok=True)
         self._runner.start()
 
     def close(self) -> None:
         """End: what is being looked at is given up, jobs wait for the next start."""
         self._ending.set()
         self._new_job.set()
-        self._runner.join()
+        if self._runner.is_alive():
+            self._runner.join()
         self.scorer.close()
         self.records.close()
 

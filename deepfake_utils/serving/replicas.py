@@ -1,0 +1,184 @@
+"""The same service on Ray Serve: as many replicas as the load needs, on any number of machines.
+
+    front    the app of `serve`, whole: uploads, decoding, where speech is, records; answers requests
+    judge    the network alone: windows of 4 s, of whichever requests, in one batch
+    jobs     one replica that looks at long recordings; whichever front accepted them
+
+A judge that dies loses nothing: its windows are asked for again. A front that dies loses its open connections and
+nothing that it answered, since verdicts and jobs are on the disk before. New weights are taken over as in the single
+process, from the pointer in the folder of models; requests under way end with the weights that they began with.
+
+All machines must see the folder under the same path; with several of them the records belong into PostgreSQL.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import ray
+import torch
+from ray import serve
+from ray.exceptions import RayError
+
+from deepfake_utils.models.layers import CMOutput
+from deepfake_utils.scoring.detector import Detector
+from deepfake_utils.scoring.score import SCORING_BATCH, forward
+from deepfake_utils.serving.app import create_app
+from deepfake_utils.serving.fleet import FleetError, connect
+from deepfake_utils.serving.service import Service, Settings
+
+NAME, JUDGE = "detector", "judge"
+FRONT_RECORDINGS = 8  # that one front looks at side by side, most of the time waiting for a judge
+WAIT_FOR_BATCH_S = 0.005
+MODELS_KEPT = 2  # by a judge: what is in service, and what was before
+RETRIES_S = (0.0, 0.2, 1.0, 3.0, 6.0, 12.0)  # waits before a window is asked for again, until a dead judge is replaced
+
+
+class Judge:
+    """Networks by the name of their weights; what they say of windows."""
+
+    def __init__(self, device: str):
+        torch.set_num_threads(1)
+        self._device, self._detectors = device, {}
+
+    @serve.batch(max_batch_size=SCORING_BATCH, batch_wait_timeout_s=WAIT_FOR_BATCH_S)
+    async def __call__(self, asked: list[tuple[str | None, np.ndarray]]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(weights, waveform (T,)) of several requests -> logits (2,) and embedding of each."""
+        return await asyncio.to_thread(self._judge, asked)
+
+    def _judge(self, asked: list) -> list:
+        answers: list = [None] * len(asked)
+        together = defaultdict(list)
+        for i, (weights, waveform) in enumerate(asked):
+            together[weights, len(waveform)].append(i)
+        for (weights, _), places in together.items():
+            detector = self._detector(weights)
+            output = forward(detector.model, torch.from_numpy(np.stack([asked[i][1] for i in places])), detector.device)
+            for i, logits, embedding in zip(places, output.logits.numpy(), output.embedding.numpy(), strict=True):
+                answers[i] = logits, embedding
+        return answers
+
+    def _detector(self, weights: str | None) -> Detector:
+        if weights not in self._detectors:
+            self._detectors[weights] = Detector.load(weights, device=self._device)
+            while len(self._detectors) > MODELS_KEPT:
+                del self._detectors[next(iter(self._detectors))]
+        return self._detectors[weights]
+
+
+class Distant:
+    """A model that is somewhere else: windows in, `CMOutput` out, whichever judges live or die meanwhile.
+
+    Args:
+        judge: handle of the judges.
+        weights: which they shall use.
+    """
+
+    def __init__(self, judge: serve.handle.DeploymentHandle, weights: str | None):
+        self._judge, self._weights = judge, weights
+
+    def __call__(self, waveform: torch.Tensor) -> CMOutput:
+        """(B, T) waveforms -> logits and embedding.
+
+        Raises:
+            FleetError: no judge could be reached for a long time.
+        """
+        left = dict(enumerate(waveform.numpy()))
+        answers: dict[int, tuple] = {}
+        for wait_s in RETRIES_S:
+            time.sleep(wait_s)
+            asked = {i: self._judge.remote((self._weights, window)) for i, window in left.items()}
+            for i, answer in asked.items():
+                try:
+                    answers[i] = answer.result()
+                    del left[i]
+                except RayError as error:  # a judge died; another one, or the one in its place, is asked
+                    problem = error
+            if not left:
+                logits, embeddings = (
+                    np.stack(column) for column in zip(*(answers[i] for i in sorted(answers)), strict=True)
+                )
+                return CMOutput(torch.from_numpy(logits), torch.from_numpy(embeddings))
+        raise FleetError(f"no replica of the model answers ({problem})")
+
+
+def at_a_distance(judge: serve.handle.DeploymentHandle) -> Callable[..., Detector]:
+    """`Detector.load`, but for a network that is asked through a handle."""
+
+    def load(weights: str | os.PathLike | None, **options) -> Detector:
+        detector = Detector.load(weights, **options | {"device": "cpu"})
+        detector.model = Distant(judge, None if weights is None else str(weights))
+        return detector
+
+    return load
+
+
+class Jobs:
+    """What looks at the recordings that were accepted for later."""
+
+    def __init__(self, settings: Settings, judge: serve.handle.DeploymentHandle):
+        self._service = Service(settings, load=at_a_distance(judge))
+        self._service.start()
+
+    def __del__(self):
+        self._service.close()
+
+
+def application(settings: Settings, n_cores: int) -> serve.Application:
+    """The service as an application of Ray Serve.
+
+    Args:
+        settings: as for the single process; its limits hold for every front.
+        n_cores: of the cluster; half a core is set aside for each front and each judge.
+    """
+    settings = replace(settings, folder=Path(settings.folder).absolute(),
+                       limits=replace(settings.limits, concurrent=FRONT_RECORDINGS))  # fmt: skip
+    scaled = {"min_replicas": min(2, n_cores), "max_replicas": n_cores, "initial_replicas": min(2, n_cores)}
+
+    def front_app():
+        judge = serve.get_deployment_handle(JUDGE, app_name=NAME)
+        return create_app(Service(settings, load=at_a_distance(judge)), runs_jobs=False)
+
+    on_gpu = int(settings.device.startswith("cuda"))
+    judge = serve.deployment(
+        Judge, name=JUDGE, max_ongoing_requests=4 * SCORING_BATCH,
+        autoscaling_config=scaled | {"target_ongoing_requests": SCORING_BATCH},
+        ray_actor_options={"num_cpus": 0.5, "num_gpus": on_gpu},
+    ).bind(settings.device)  # fmt: skip
+    jobs = serve.deployment(Jobs, name="jobs", num_replicas=1, ray_actor_options={"num_cpus": 0}).bind(settings, judge)
+    front = serve.deployment(
+        serve.ingress(front_app)(), name="front", max_ongoing_requests=settings.limits.queue,
+        autoscaling_config=scaled | {"target_ongoing_requests": 2 * FRONT_RECORDINGS},
+        ray_actor_options={"num_cpus": 0.5},
+    )  # fmt: skip
+    return front.bind(judge, jobs)
+
+
+def serve_fleet(settings: Settings, host: str, port: int) -> None:
+    """Run the service on the Ray cluster of RAY_ADDRESS, or on this machine, until it is told to end.
+
+    Where it runs already, what has changed is rolled out replica by replica.
+
+    Raises:
+        FleetError: it does not start there.
+    """
+    connect()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        serve.start(http_options={"host": host, "port": port})
+        serve.run(application(settings, max(1, int(ray.cluster_resources().get("CPU", 1)))), name=NAME)
+        print(f"http://{host}:{port}  on Ray Serve; ends with Ctrl-C", flush=True)
+        while True:
+            time.sleep(60)
+    except (RayError, RuntimeError) as error:
+        raise FleetError(f"the service did not start on the cluster: {error}") from error
+    finally:
+        serve.delete(NAME)
