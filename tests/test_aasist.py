@@ -368,6 +368,36 @@ def test_forward_hooks_fire_and_may_change_what_passes(kind, part):
                 torch.testing.assert_close(block(x), before)
 
 
+@pytest.mark.parametrize("kind", BLOCKS)
+@pytest.mark.parametrize("part", ["conv1", "norm", "conv2"])
+def test_hooks_may_keep_what_passes_and_the_gradient_of_it(kind, part):
+    block, x = BLOCKS[kind]()
+    kept = []
+    module = getattr(block, part)
+    module.register_forward_hook(lambda module, inputs, output: kept.extend([inputs[0].clone(), output]))
+    module.register_full_backward_hook(lambda module, to_inputs, to_outputs: kept.append(to_outputs[0]))
+    block(x).square().mean().backward()
+    given, output, gradient = kept
+    with torch.no_grad():
+        torch.testing.assert_close(output, copy.deepcopy(module).train()(given))
+    assert gradient.shape == output.shape and gradient.abs().max() > 0
+
+
+def test_functional_gradients_are_those_of_backward():
+    block, x = first_block()
+    block.eval()
+    parameters = dict(block.named_parameters())
+    block(x).square().mean().backward()
+    expected = {name: value.grad for name, value in parameters.items() if value.grad is not None}
+
+    def loss(parameters):
+        return torch.func.functional_call(block, parameters, (x,)).square().mean()
+
+    found = torch.func.grad(loss)({name: value.detach() for name, value in parameters.items()})
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, msg=name)
+
+
 def test_replaced_and_parametrised_parts_are_what_runs():
     block, x = later_block()
     with torch.no_grad():

@@ -9,8 +9,8 @@ A kernel reads the parameters of a module and gives what its `forward` defines, 
     nn.GRU         CPU      as defined      layer by layer    layer by layer
 
 Everywhere else a module is computed as it is defined, and so it is wherever a kernel would pass something over: a
-graph is traced, compiled or exported; a part was replaced or parametrised; hooks hang on it (pruning is one); its
-batch norm is frozen, or keeps no running statistics. `disabled` switches the kernels off by hand.
+graph is traced, compiled or exported; torch.func transforms it; a part was replaced or parametrised; hooks hang on it
+(pruning is one); its batch norm is frozen, or keeps no running statistics. `disabled` switches the kernels off by hand.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ def exporting() -> bool:
 
 def enabled() -> bool:
     """Whether kernels may be used at all."""
-    return not exporting() and _SWITCH.get()
+    transformed = torch._C._are_functorch_transforms_active()  # which PyTorch asks in this way, too
+    return not exporting() and not transformed and _SWITCH.get()
 
 
 def applies(module: nn.Module, x: Tensor) -> bool:
@@ -82,12 +83,13 @@ def _kind(module: nn.Module) -> str:
 def _as_built(module: nn.Module) -> bool:
     """Whether parameters and mode tell all that the module's own code would do."""
     if isinstance(module, nn.GRU):
-        return type(module) is nn.GRU and not _hooked(module)
+        return type(module) is nn.GRU and not hooked(module)
     norm, parts = module.norm, list(module.children())
-    if any(type(part) not in _PARTS or _hooked(part) for part in parts):
+    if any(type(part) not in _PARTS or hooked(part) for part in parts):
         return False
     return norm.training == module.training and norm.running_mean is not None and norm.affine
 
 
-def _hooked(module: nn.Module) -> bool:
+def hooked(module: nn.Module) -> bool:
+    """Whether somebody listens to what goes in or out of this module."""
     return any(getattr(module, hooks) for hooks in _HOOKS)
