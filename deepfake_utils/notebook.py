@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,6 +140,12 @@ def play(waveforms: Mapping[str, np.ndarray]) -> None:
     """A player for each waveform, under its title."""
     for title, waveform in waveforms.items():
         display(Markdown(title), Audio(waveform, rate=SAMPLE_RATE_HZ))
+
+
+def say(*texts: str) -> None:
+    """Print sentences a line each, broken between words: what shows a notebook breaks long lines anywhere."""
+    for text in texts:
+        print(textwrap.fill(text, 105, subsequent_indent="    "))
 
 
 def tabulate(table: pd.DataFrame) -> None:

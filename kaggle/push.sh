@@ -4,6 +4,7 @@
 #   kaggle/push.sh NAME                        say what would be done for the account NAME (kaggle.com/NAME)
 #   kaggle/push.sh NAME --for-real             do it with notebooks 01 and 02
 #   kaggle/push.sh NAME [--for-real] 03        with notebook 03 alone, once 02 has finished there: it reads 02's output
+#   kaggle/push.sh NAME [--for-real] 04        with notebook 04 alone, on the weights that come with the package
 #
 # Saying needs Python 3.11 or later and nothing else (PYTHON=... names one). Doing needs the `kaggle` command
 # (pip install kaggle, 2.2.5 or later) and an API token from kaggle.com/settings, too.
@@ -11,7 +12,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 usage() {
-    sed -n '2,9s/^# \{0,1\}//p' kaggle/push.sh >&2
+    sed -n '2,10s/^# \{0,1\}//p' kaggle/push.sh >&2
     exit 2
 }
 
@@ -22,7 +23,7 @@ real="" numbers=()
 for word in "$@"; do
     case "$word" in
         --for-real) real=yes ;;
-        01 | 02 | 03) numbers+=("$word") ;;
+        01 | 02 | 03 | 04) numbers+=("$word") ;;
         *) usage ;;
     esac
 done

@@ -56,7 +56,7 @@ loss: str = "cross_entropy"  # cross_entropy, oc_softmax or p2sgrad
 epochs: int = 0  # passes over the training split; 0: what the preset says
 batch_size: int = 0  # utterances in a training step; 0: what the preset says
 crop_s: float = 0.0  # length of a training clip, seconds; 0: what the preset says
-augmentation: str = "none"  # recipe applied to training clips: none, seed, rawboost-la, rawboost-df, wild
+augmentation: str = "none"  # recipe applied to training clips: none, seed, rawboost-la, rawboost-df, wild, open
 n_seeds: int = 1  # runs from seed, seed + 1, ...; one per GPU at a time, each with the whole time budget
 time_budget_s: float = 39600.0  # after it training stops ("auto": earlier, in time to score eval), seconds; 0: no limit
 resume_from: str = ""  # folder 02_train of an earlier run to go on with, where that is not in run_dir
@@ -71,7 +71,7 @@ resume_from: str = ""  # folder 02_train of an earlier run to go on with, where 
 import pandas as pd
 
 from deepfake_utils.corpora import divide
-from deepfake_utils.notebook import Results, one_of_each, open_corpus, play, tabulate
+from deepfake_utils.notebook import Results, one_of_each, open_corpus, play, say, tabulate
 from deepfake_utils.report import plots
 
 results = Results(run_dir, "02_train")
@@ -115,7 +115,7 @@ if preset == "auto":
     plan = plan_run(wish, *sizes, time_budget_s, device.device, keep_model=bool(model))
 else:
     plan = Plan(wish.replace(time_budget_s=time_budget_s), *sizes, [f"Preset {preset!r}, as asked."])
-print(f"Device: {device.reason}", *plan.why, sep="\n")
+say(f"Device: {device.reason}", *plan.why)
 
 # %%
 chosen = {"epochs": epochs, "batch_size": batch_size, "crop_samples": round(crop_s * SAMPLE_RATE_HZ)}
@@ -207,12 +207,12 @@ redraw = results.live("training_curves")
 
 # %%
 if n_seeds == 1:
-    result = fit(train, dev, results.folder, config, waveforms_dir=results.scratch, say=print,
+    result = fit(train, dev, results.folder, config, waveforms_dir=results.scratch, say=say,
                  on_epoch=lambda history: redraw(plots.training_curves(history)))
 else:
     several = range(seed, seed + n_seeds)
     tabulate(fit_seeds(train, dev, results.folder, config, several, waveforms_dir=results.scratch))
-    result = run_job(results.folder / f"seed_{seed}", say=print)
+    result = run_job(results.folder / f"seed_{seed}", say=say)
 redraw(plots.training_curves(result.history))
 
 # %%

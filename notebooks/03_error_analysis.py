@@ -332,7 +332,7 @@ if detector is not None and n_conditions:
     conditions = robustness(under, another_way["label"].to_numpy())
     tabulate(tables.condition_table(conditions))
 else:
-    print("Left out: this needs weights, and n_conditions above 0.")
+    print("Left out: set n_conditions for it, and give weights where there are scores only.")
 
 # %% [markdown]
 # ## How the detector sees the clips
@@ -455,7 +455,7 @@ lines = [
     f"{tables.percent(measures.compute_eer(dev['score'], dev['label']).eer)} %",
     f"error at dev's threshold {tables.percent(error_at_dev)} %",
     f"worst attack {worst}: EER {tables.percent(result['per_attack'][worst]['eer'])} %",
-    f"best shortcut {alone.loc[alone['eer'].idxmin(), 'rule']}: EER {tables.percent(alone['eer'].min())} %",
+    f"best shortcut ({alone.loc[alone['eer'].idxmin(), 'rule']}): EER {tables.percent(alone['eer'].min())} %",
 ]
 if trimming is not None:
     lines.append("EER on {} clips: whole {} %, trimmed {} %".format(len(again), *map(tables.percent, trimming["eer"])))

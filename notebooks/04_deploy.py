@@ -107,7 +107,7 @@ for name, other in loaded.items():
     seen = judged if other is detector else calibrate.decide(other, dev, evaluation, n_hosts=0, **settings)[1]
     table = calibrate.recording_log_odds(seen["eval"], facts["pooling"])
     weights = balanced_weights(table["label"], table["source"])
-    ms = 1000 * time_window(other.model)
+    ms = 1000 * time_window(other.model, other.device)
     eer = balanced_eer(table["log_odds"], table["label"], weights)
     rows.append({"detector": name, "MB": other.facts["weights_bytes"] / 1e6, "ms a window": ms,
                  "x real time": 2019 / ms, "EER %": 100 * eer, "recordings": len(table)})
@@ -150,21 +150,21 @@ print(f"fake from {example.span_s[0]:.1f} to {example.span_s[1]:.1f} s; marked: 
 found = {split: pd.DataFrame(calibrate.describe_splices(part, facts["marks"])) for split, part in spliced.items()}
 for split, table in found.items():
     shown = 100 * table[["eer", "eer_cut", "eer_fade", "fake_found", "inserts_found", "real_marked"]].astype(float)
-    shown.columns = ["EER %", "hard cut", "cross-fade", "% of fake time found", "% of inserts", "% of real time marked"]
+    shown.columns = ["EER %", "hard cut", "cross-fade", "fake time found %", "inserts found %", "real time marked %"]
     tabulate(pd.concat([table[["insert_s"]].rename(columns={"insert_s": f"{split}: insert, s"}), shown], axis=1))
 
 # %% [markdown]
 # And the recording as a whole? Its windows are **pooled** into one figure. The mean asks whether the whole is fake; a
 # low quantile, or attention to the windows that sound most fake, asks whether any part is, and finds something in
 # everybody who speaks for long. *Recordings*: EER of recordings as they are; *splices*: of splices against controls;
-# *long_rejected*: untouched long recordings below the threshold of the first. The least mean of the three on `dev` is
+# *long rejected*: untouched long recordings below the threshold of the first. The least mean of the three on `dev` is
 # taken.
 
 # %%
 from deepfake_utils.scoring.pooling import describe
 
 for split, tried in facts["decisions"]["pooling_tried"].items():
-    table = pd.DataFrame(tried).rename(columns={"pooling": f"{split}, %"})
+    table = pd.DataFrame(tried).rename(columns={"pooling": f"{split}, %", "long_rejected": "long rejected"})
     tabulate(table.assign(**{name: 100 * table[name] for name in table.columns[1:]}))
 print("chosen on dev:", describe(facts["pooling"]))
 
@@ -217,8 +217,9 @@ curves = {name: {split: uses.cost_curve(*of, use) for split, of in trials.items(
 show(plots.costs_of_uses(curves, costs), "uses")
 
 # %% [markdown]
-# Judged on `eval`, with the 95 % interval over its sources: expected cost of a recording in the use's own unit. *Least
-# possible* is the cost of the best threshold for these very recordings, which nobody knows beforehand.
+# Judged on `eval`: expected cost of a recording in the use's own unit, with the 95 % interval over sources where there
+# are enough of them. *Least possible* is the cost of the best threshold for these very recordings, which nobody knows
+# beforehand.
 
 # %%
 from deepfake_utils.report.tables import cost_table
@@ -228,8 +229,8 @@ tabulate(cost_table(all_uses, costs))
 # %% [markdown]
 # ## And under codec and noise?
 #
-# The same thresholds on the same recordings of `eval` after what calls and uploads do to them. Where the cost rises
-# above that of not listening, the threshold does not hold on that channel.
+# The same thresholds on the same recordings of `eval` after what calls and uploads do to them. A cost of 1 is what
+# deciding without listening costs: **above 1 the threshold does not hold on that channel**.
 
 # %%
 import torch
@@ -263,7 +264,7 @@ for way, change in ways.items():
     row = {"eval": way, "EER %": 100 * balanced_eer(*these[:2], balanced_weights(*these[1:]))}
     for name, use in all_uses.items():
         judged_again = uses.judge_threshold(*these, use, fitted[name], n_bootstrap=0)
-        row[f"cost / blind, {name}"] = judged_again["cost"] / judged_again["blind"]
+        row[f"cost, {name}"] = judged_again["cost"] / judged_again["blind"]
     rows.append(row)
 channels = pd.DataFrame(rows)
 tabulate(channels)

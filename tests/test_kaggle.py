@@ -42,12 +42,12 @@ def edit(path: Path, **changes):
 def test_what_is_assembled_is_fit_to_be_pushed(assembled):
     assert build.check(assembled) == []
     assert sorted(path.name for path in assembled.iterdir()) == [
-        "01_model_research", "02_train", "03_error_analysis", "dataset",
+        "01_model_research", "02_train", "03_error_analysis", "04_deploy", "dataset",
     ]  # fmt: skip
     assert not list(assembled.rglob("__pycache__"))
 
 
-@pytest.mark.parametrize("name", ["01_model_research", "02_train", "03_error_analysis"])
+@pytest.mark.parametrize("name", ["01_model_research", "02_train", "03_error_analysis", "04_deploy"])
 def test_kernels_ask_for_two_t4_no_internet_and_both_datasets(assembled, name):
     metadata = json.loads((assembled / name / "kernel-metadata.json").read_text())
     assert metadata["enable_gpu"] is True and metadata["machine_shape"] == "NvidiaTeslaT4"
@@ -166,7 +166,7 @@ def test_push_sends_nothing_unless_asked(push):
     assert code == 0 and calls == [] and "would run: kaggle kernels push -p runs/kaggle/02_train" in said
 
 
-def test_push_starts_03_by_name_only(push):
+def test_push_starts_03_and_04_by_name_only(push):
     code, said, calls = push("--for-real")
     assert code == 0, said
     assert calls == [
@@ -177,6 +177,8 @@ def test_push_starts_03_by_name_only(push):
     assert code == 0 and "version 8, is ready" in said
     assert [call.split(" -p ")[0] for call in calls] == ["datasets version", "kernels push"]
     assert calls[-1].endswith("03_error_analysis")
+    code, said, calls = push("--for-real", "04", version=8)
+    assert code == 0 and calls[-1].endswith("04_deploy"), "needs nothing that another notebook leaves there"
 
 
 @pytest.mark.parametrize(
@@ -277,6 +279,28 @@ def test_the_first_cell_says_where_it_looked(working):
     assert "ModuleNotFoundError" in done.stderr and str(root) in done.stderr and "Add Input" in done.stderr
 
 
+ABSENT_THERE = """
+from importlib.machinery import PathFinder
+
+def find_spec(name, path=None, target=None, find=PathFinder.find_spec):
+    return None if name.partition(".")[0] in {"av", "onnx", "onnxruntime", "silero_vad"} else find(name, path, target)
+
+PathFinder.find_spec = find_spec
+"""
+
+
+def run_there(working: Path, root: Path, notebook: str, *parameters: str) -> dict:
+    """Execute a notebook as Kaggle does, alone in the working folder, and read its result.json."""
+    environment = on_kaggle(root)
+    start = root.parent / "start" / "sitecustomize.py"
+    start.write_text(start.read_text() + ABSENT_THERE)
+    command = [sys.executable, "-m", "papermill", notebook, "executed.ipynb", "--no-progress-bar", *parameters]
+    done = subprocess.run(command, cwd=working, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (result,) = working.rglob("result.json")
+    return json.loads(result.read_text())
+
+
 @pytest.mark.parametrize("style", [style_old, style_new])
 def test_notebook_02_trains_from_what_is_attached(assembled, demo_runs, working, style):
     """As Kaggle runs it: the notebook alone in the working folder, package and corpus mounted beside it."""
@@ -296,13 +320,18 @@ def test_notebook_02_trains_from_what_is_attached(assembled, demo_runs, working,
     ]
     assert subprocess.run(alone, cwd=working, env=environment).returncode == 0
 
-    command = [sys.executable, "-m", "papermill", "02_train.ipynb", "executed.ipynb", "--no-progress-bar"]
-    command += ["-p", "model", "lfcc-lcnn", "-p", "preset", "paper"]  # the quickest of the models
-    command += ["-p", "epochs", "1", "-p", "batch_size", "4", "-p", "crop_s", "1"]
-    done = subprocess.run(command, cwd=working, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    (result,) = working.rglob("result.json")
-    metrics = json.loads(result.read_text())["metrics"]
-    assert 0 <= metrics["eer"] <= 1
+    quick = ["-p", "model", "lfcc-lcnn", "-p", "preset", "paper"]  # the quickest of the models
+    quick += ["-p", "epochs", "1", "-p", "batch_size", "4", "-p", "crop_s", "1"]
+    assert 0 <= run_there(working, root, "02_train.ipynb", *quick)["metrics"]["eer"] <= 1
     assert list(working.rglob("*.safetensors"))
     assert str(mount / "deepfake_utils") not in (working / "02_train.ipynb").read_text()  # the input is untouched
+
+
+def test_notebook_04_decides_with_what_the_image_has(assembled, working):
+    """No ONNX Runtime, no FFmpeg, no detector of speech there."""
+    root = working.parent / "input"
+    shutil.copytree(assembled / "dataset", style_new(root, OWNER, "deepfake-utils"))
+    shutil.copy(assembled / "04_deploy" / "04_deploy.ipynb", working)
+    result = run_there(working, root, "04_deploy.ipynb", "-p", "demo_scale", "0.2", "-p", "n_bootstrap", "20")
+    assert 0 <= result["metrics"]["eer"] <= 1
+    assert [row["eval"] for row in result["metrics"]["channels"]] == ["as it is", "noise, 10 dB", "telephone band"]

@@ -65,6 +65,14 @@ def test_training_curves_mark_the_kept_epoch(selecting, kept):
     assert [line.get_label() for line in figure.axes[1].lines] == ["all trials", "mean over sources"]
 
 
+def test_one_epoch_alone_has_a_whole_number_under_it():
+    history = pd.DataFrame({"epoch": [1], "train_loss": [1], "dev_eer": [0.3], "best_dev_eer": [0.3],
+                            "learning_rate": [1e-3]})  # fmt: skip
+    for axis in plots.training_curves(history).axes:
+        low, high = axis.get_xlim()
+        assert [tick for tick in axis.get_xticks() if low <= tick <= high] == [1]
+
+
 def test_clips_and_corpus_overview_render(tmp_path):
     tone = 0.5 * np.sin(2 * np.pi * 1000 * np.arange(16000) / 16000)
     figure = plots.clips({"bona fide": tone, "spoof": tone})

@@ -75,6 +75,12 @@ def test_the_material_is_what_it_says_and_the_same_every_time(protocol):
     assert all(r.insert != r.source for r in first if r.kind == "control")
 
 
+def test_a_source_that_is_a_speaker_is_named_once(protocol):
+    named = [next(spliced_recordings(frame, 1, host_s=10.0)).source
+             for frame in (protocol, protocol.assign(source=protocol["speaker"]))]  # fmt: skip
+    assert named[1] in set(protocol["speaker"]) and ":" not in named[1], named
+
+
 def test_material_needs_both_labels_and_enough_sound(protocol):
     with pytest.raises(CorpusError, match="both labels"):
         next(spliced_recordings(protocol[protocol["label"] == 1], 1))

@@ -217,8 +217,8 @@ def _eer(real: pd.Series, fake: pd.Series) -> float:
 
 def _speaker_of(rows: pd.DataFrame) -> pd.Series:
     """One voice, as far as is known: the source, and the speaker where it is named."""
-    speaker = rows["speaker"].where(rows["speaker"] != UNKNOWN_SPEAKER, "")
-    return source_of(rows) + np.where(speaker == "", "", ": " + speaker)
+    source, speaker = source_of(rows), rows["speaker"].where(rows["speaker"] != UNKNOWN_SPEAKER, "")
+    return source + np.where((speaker == "") | (speaker == source), "", ": " + speaker)
 
 
 def _quiet_place(host: np.ndarray, rng: np.random.Generator) -> int:

@@ -116,7 +116,8 @@ def training_curves(history: pd.DataFrame) -> Figure:
     rate.plot(epochs, history["learning_rate"], color=GREEN, marker="o", markersize=3)
     rate.set(title="Learning rate at the epoch's end", xlabel="epoch", ylabel="learning rate", yscale="log")
     for axis in (loss, eer, rate):
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axis.set_xlim(epochs.min() - 0.5, epochs.max() + 0.5)  # whole epochs, also where there is one alone
     return figure
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from deepfake_utils.conventions import SAMPLE_RATE_HZ
 from deepfake_utils.files import atomic_write
@@ -126,6 +127,7 @@ def costs_of_uses(
         axis.axvline(mark["threshold"], color=BLACK, linestyle="--", linewidth=1, label="threshold, from dev")
         axis.axhline(mark["blind"], color=VERMILION, linestyle=":", linewidth=1.4, label="without listening")
         axis.set(xlabel="threshold (log-odds)", ylabel="expected cost", ylim=(0, 1.6 * mark["blind"]))
+        axis.xaxis.set_major_locator(MaxNLocator(5))
         axis.set_title(use, fontsize="medium")
     figure.legend(*axes.flat[0].get_legend_handles_labels(), frameon=False, fontsize="small", ncols=5,
                   loc="outside upper center")  # fmt: skip
@@ -142,6 +144,6 @@ def push_times(push_s: np.ndarray, chunk_s: float = 0.02) -> Figure:
     axis.plot(np.arange(len(push_s)) * chunk_s, 1000 * push_s, ".", color=BLUE, markersize=3)
     axis.axhline(1000 * chunk_s, color=BLACK, linestyle="--", linewidth=1, label="length of a chunk")
     axis.set(xlabel="time of the sound (s)", ylabel="ms to take a chunk", yscale="log")
-    axis.set_title(f"n = {len(push_s):,} chunks of {1000 * chunk_s:g} ms", fontsize="medium")
-    axis.legend(frameon=False, fontsize="x-small", loc="upper right")
+    axis.set_title(f"n = {len(push_s):,} chunks of {1000 * chunk_s:g} ms", fontsize="medium", loc="left")
+    axis.legend(frameon=False, fontsize="small", loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)
     return figure
