@@ -177,7 +177,7 @@ def test_push_starts_03_and_04_by_name_only(push):
     assert code == 0 and "version 8, is ready" in said
     assert [call.split(" -p ")[0] for call in calls] == ["datasets version", "kernels push"]
     assert calls[-1].endswith("03_error_analysis")
-    code, said, calls = push("--for-real", "04", version=8)
+    code, said, calls = push("--for-real", "04", version=7)
     assert code == 0 and calls[-1].endswith("04_deploy"), "needs nothing that another notebook leaves there"
 
 
