@@ -48,12 +48,15 @@ run() {
 # "STATUS VERSION" of the package on Kaggle, such as "ready 3"; "absent 0" where there is none.
 package_state() {
     kaggle datasets status "$package" --format 'json(status,current_version_number)' 2>/dev/null | "$python" -c '
-import json, sys
-try:
-    state = json.loads(sys.stdin.read())
-    print(state["status"], state["current_version_number"])
-except (ValueError, KeyError, TypeError):
-    print("absent 0")'
+import json, re, sys
+found, said = "absent 0", sys.stdin.read()
+for brace in re.finditer("{", said):  # before it may be warnings, such as of an outdated kaggle command
+    try:
+        state, _ = json.JSONDecoder().raw_decode(said, brace.start())
+        found = "{} {}".format(state["status"], int(state["current_version_number"]))
+    except (ValueError, KeyError, TypeError):
+        pass
+print(found)'
 }
 
 [[ ! "$real" ]] || command -v kaggle >/dev/null || { echo "push.sh: no kaggle command; pip install kaggle" >&2; exit 2; }
@@ -89,4 +92,4 @@ for number in "${numbers[@]}"; do
         [[ "$said" == *"has status"* ]] || fail "Kaggle knows no run of $kernel"
     fi
 done
-[[ " ${numbers[*]} " == *" 03 "* ]] || echo "Notebook 03 reads what 02 saves: push it with 03 once 02 has finished."
+[[ " ${numbers[*]} " != *" 02 "* ]] || echo "Notebook 03 reads what 02 saves: push it with 03 once 02 has finished."

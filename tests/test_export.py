@@ -10,7 +10,9 @@ import torch
 
 from deepfake_utils.conventions import AudioError, CheckpointError
 from deepfake_utils.models import MODELS, build_model
+from deepfake_utils.models.losses import OneClassSoftmax
 from deepfake_utils.scoring.onnx import OPSET, OnnxScorer, cached_scorer, check_parity, export_onnx, parity_report
+from deepfake_utils.scoring.weights import embedding_dim, scoring_model
 
 # Fewer and narrower blocks where only size would make a model slow.
 NARROW = {
@@ -77,12 +79,19 @@ def test_the_file_says_what_it_is(exported):
     assert metadata["model"] == "lfcc-lcnn"
     assert metadata["sample_rate_hz"] == "16000" and metadata["min_samples"] == str(model.min_samples)
     assert metadata["opset"] == str(OPSET) and metadata["input"].startswith("waveform: (batch, samples)")
-    assert "bona fide" in metadata["score"] and "logits[:, 1]" in metadata["score"]
+    assert metadata["score"].startswith("logits[:, 1], logit of bona fide, higher is more bona fide")
     assert json.loads(metadata["config"]) == json.loads(json.dumps(vars(model.config)))
     graph = onnx.load(path)
     assert [node.name for node in graph.graph.input] == ["waveform"]
     assert [node.name for node in graph.graph.output] == ["logits", "embedding"]
     assert graph.opset_import[0].version == OPSET
+
+
+def test_a_score_of_one_class_weights_is_called_a_cosine(tmp_path):
+    model = build("lfcc-lcnn")
+    model = scoring_model(model, OneClassSoftmax(embedding_dim(model)))
+    metadata = OnnxScorer(export_onnx(model, tmp_path / "model.onnx")).metadata
+    assert metadata["score"].startswith("logits[:, 1], cosine to the direction of bona fide")
 
 
 def test_exporting_leaves_the_model_as_it_was(tmp_path):

@@ -181,11 +181,18 @@ def test_push_starts_03_and_04_by_name_only(push):
     assert code == 0 and calls[-1].endswith("04_deploy"), "needs nothing that another notebook leaves there"
 
 
+def test_push_reads_the_state_among_warnings(push):
+    warned = ("echo '{", "echo 'Warning: this kaggle command is outdated {}, please update'; echo '{")
+    code, said, calls = push("--for-real", "04", told=warned, version=7)
+    assert code == 0 and "version 8, is ready" in said and calls[0].startswith("datasets version")
+
+
 @pytest.mark.parametrize(
     "told, version, expected",
     [
         ((f"{CREATED}\"; echo 1 > version", 'Dataset creation error: no quota"'), None, "after 0 s"),
         (("echo 8 > version", "true"), 7, "version 8 was expected to be ready"),  # the old one is ready all along
+        (('"$(cat version)"', '"null"'), None, "'absent', version 0"),
         ((PUSHED, "Kernel push error: Maximum batch GPU session count of 2 reached."), None, "was not pushed"),
         ((PUSHED, f"The following are not valid dataset sources and could not be added to the kernel: [x]\n{PUSHED}"),
          None, "without something that it attaches"),

@@ -35,10 +35,10 @@ from deepfake_utils.models.layers import CMOutput, check_waveform
 from deepfake_utils.models.lfcc import PowerSpectrum
 from deepfake_utils.models.sinc import SincFilters
 from deepfake_utils.models.spectrogram import Block, Shortcut
+from deepfake_utils.scoring.weights import score_kind
 
 OPSET = 17
 INPUT_NAME = "waveform"
-SCORE_MEANING = "logits[:, 1], the logit of bona fide: higher is more bona fide; logits[:, 0] is that of spoof"
 LOGIT_TOLERANCE = 1e-4  # of an exported model: two orders of float32's rounding through its layers
 
 # Of an encoder in a graph: 48 take 0.84 to 0.89 of the time of one, for 1 to 16 clips of 4 s; for 16 clips 24 gain
@@ -221,7 +221,7 @@ def _describe(path: Path, model: nn.Module, opset: int) -> None:
         "min_samples": model.min_samples,
         "opset": opset,
         "input": f"{INPUT_NAME}: (batch, samples) float32 in [-1, 1], {SAMPLE_RATE_HZ} Hz, mono",
-        "score": SCORE_MEANING,
+        "score": f"logits[:, 1], {score_kind(model)}; logits[:, 0] is that of spoof",
     }
     onnx.helper.set_model_props(exported, {key: str(value) for key, value in facts.items()})
     onnx.checker.check_model(exported)
