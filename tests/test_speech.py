@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from deepfake_utils.scoring import silero
 from deepfake_utils.scoring import speech as speech_module
 from deepfake_utils.scoring.speech import FRAME_SAMPLES, SpeechFinder
 
@@ -75,3 +76,30 @@ def test_what_is_silent_costs_the_network_nothing(monkeypatch):
     assert flags(np.concatenate([silence, loud, silence])).tolist() == [False] * 10 + [True] * 5 + [False] * 10
     assert flags(silence, 700, 900).tolist() == [False] * 10
     assert sum(asked) == 5
+
+
+def test_the_graph_by_rows_gives_the_probabilities_of_the_packages_own():
+    onnxruntime = pytest.importorskip("onnxruntime")
+    onnx = pytest.importorskip("onnx")
+    network = silero.silero_file()
+    own, quick = onnxruntime.InferenceSession(str(network)), silero.open_silero(network)
+    rng = np.random.default_rng(3)
+    states = [np.zeros((2, 1, 1, 128), np.float32)] * 2
+    for n_frames, level in ((1, 0.1), (63, 0.5), (300, 0.01)):
+        frames = (level * rng.standard_normal((n_frames, 576)) * np.hanning(576)).astype(np.float32)
+        results = []
+        for number, session in enumerate((own, quick)):
+            inputs = {"input": frames, "h": states[number][0], "c": states[number][1]}
+            probability, *states[number] = session.run(["speech_probs", "hn", "cn"], inputs)
+            results.append(probability.ravel())
+        np.testing.assert_allclose(results[0], results[1], atol=1e-4)
+    graph = onnx.load_from_string(silero.by_rows(network)).graph
+    assert {"Conv", "MatMul"} <= {node.op_type for node in graph.node}
+
+
+def test_a_graph_of_another_version_is_run_as_it_is(monkeypatch):
+    def unknown(network):
+        raise KeyError("stft.forward_basis_buffer")
+
+    monkeypatch.setattr(silero, "by_rows", unknown)
+    assert silero.probabilities(silero.open_silero(silero.silero_file())).shape == (8,)

@@ -11,11 +11,11 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
-from importlib.util import find_spec
 from pathlib import Path
 
 from deepfake_utils.conventions import CheckpointError, ConfigError
 from deepfake_utils.files import atomic_write
+from deepfake_utils.scoring.silero import silero_file
 from deepfake_utils.scoring.weights import read_companion, weights_file
 
 RUNTIME = "onnxruntime-web@1.30.0"
@@ -47,10 +47,9 @@ def assemble(folder: str | os.PathLike, weights: str = "laptop", runtime: str | 
             f"{model} cannot judge in a page: expected an .onnx file with its card beside it, as "
             "`python -m deepfake_utils export --target phone` writes them"
         )
-    package = find_spec("silero_vad")
-    if package is None:
+    finder = silero_file()
+    if finder is None:
         raise ConfigError("the page needs the detector of speech: pip install 'silero-vad>=6.2.3'")
-    finder = Path(package.submodule_search_locations[0]) / "data" / "silero_vad_16k_sequence.onnx"
     with tempfile.TemporaryDirectory() as fetched:
         dist = _runtime(Path(runtime) if runtime else _fetch(Path(fetched)))
         sources = {name: Path(__file__).parent / name for name in PAGE_FILES} | {

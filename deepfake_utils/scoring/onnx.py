@@ -14,9 +14,7 @@ import math
 import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
-from threading import Lock
 
 import numpy as np
 import pandas as pd
@@ -244,7 +242,6 @@ class OnnxScorer:
 
     Args:
         path: a file written by `export_onnx`.
-        n_threads: processor cores to use; None means as many as PyTorch would in the thread that calls it.
 
     Attributes:
         metadata: what the file says about itself.
@@ -255,12 +252,13 @@ class OnnxScorer:
         ConfigError: ONNX Runtime is not installed.
     """
 
-    def __init__(self, path: str | os.PathLike, n_threads: int | None = None):
+    def __init__(self, path: str | os.PathLike):
         if not Path(path).is_file():
             raise CheckpointError(f"{path}: no such ONNX file; write one with `python -m deepfake_utils export`")
-        self._path, self._file, self._n_threads = path, Path(path).read_bytes(), n_threads
-        self._sessions, self._opening = {}, Lock()  # by number of threads
-        self.metadata = dict(self._session(1).get_modelmeta().custom_metadata_map)
+        # In a thread of its own: a session may leave its settings of the processor (subnormal numbers) behind.
+        with ThreadPoolExecutor(1) as other:
+            self._session = other.submit(_open_session, path).result()
+        self.metadata = dict(self._session.get_modelmeta().custom_metadata_map)
         if self.metadata.get("sample_rate_hz") != str(SAMPLE_RATE_HZ) or "min_samples" not in self.metadata:
             raise CheckpointError(
                 f"{path}: its metadata {self.metadata} lack min_samples or sample_rate_hz = {SAMPLE_RATE_HZ}; "
@@ -271,44 +269,32 @@ class OnnxScorer:
     def __call__(self, waveform: Tensor) -> CMOutput:
         """(B, T) float waveforms at 16 kHz -> logits (B, 2) and embedding (B, D), as the model's forward.
 
+        Waveforms are computed one by one, as many at once as PyTorch has threads here: a batch in one call takes a
+        fifth more processor time and so many times the memory, all cores on each operation a quarter more (LFCC-LCNN).
+
         Raises:
             AudioError: the waveforms are not (B, T) or shorter than `min_samples`.
         """
         check_waveform(waveform, self.min_samples)
-        waveform, n_threads = waveform.detach().cpu().float(), self._n_threads or torch.get_num_threads()
-        if self._n_threads is None and len(waveform) >= n_threads > 1:
-            # One waveform on each core and not all cores on each operation: a quarter less processor time (LFCC-LCNN),
-            # and no core waits for one that another program holds.
-            parts = map_in_threads(partial(self._run, n_threads=1), waveform.split(1))
-            return CMOutput(*(torch.cat(values) for values in zip(*parts, strict=True)))
-        return self._run(waveform, n_threads)
+        parts = map_in_threads(self._run, waveform.detach().cpu().float().split(1))
+        return CMOutput(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
-    def _run(self, waveform: Tensor, n_threads: int) -> CMOutput:
-        samples = np.ascontiguousarray(waveform.numpy())
-        logits, embedding = self._session(n_threads).run(None, {INPUT_NAME: samples})
-        return CMOutput(torch.from_numpy(logits), torch.from_numpy(embedding))
-
-    def _session(self, n_threads: int):
-        """The ONNX Runtime session that computes on as many cores; many threads may use the one of one core at once."""
-        with self._opening:
-            if n_threads not in self._sessions:
-                # In a thread of its own: a session may leave its settings of the processor (subnormal numbers) behind.
-                with ThreadPoolExecutor(1) as other:
-                    opened = other.submit(_open_session, self._path, self._file, n_threads)
-                self._sessions[n_threads] = opened.result()
-            return self._sessions[n_threads]
+    def _run(self, waveform: Tensor) -> tuple[Tensor, Tensor]:
+        logits, embedding = self._session.run(None, {INPUT_NAME: np.ascontiguousarray(waveform.numpy())})
+        return torch.from_numpy(logits), torch.from_numpy(embedding)
 
 
-def _open_session(path: str | os.PathLike, file: bytes, n_threads: int):
+def _open_session(path: str | os.PathLike):
+    """The file as an ONNX Runtime session that computes on the thread that calls it; many may at once."""
     try:
         import onnxruntime
     except ImportError as error:
         raise ConfigError(f"ONNX Runtime is not installed ({error}): pip install onnx onnxruntime") from error
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = n_threads
+    options.intra_op_num_threads = 1
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
     try:
-        return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(Path(path).read_bytes(), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime has a dozen unrelated exception classes and no common one
         raise CheckpointError(f"{path}: not a readable ONNX model: {error}") from error
 

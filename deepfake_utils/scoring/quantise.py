@@ -128,7 +128,7 @@ def layer_errors(
 
 def log_odds(path: str | os.PathLike, windows: np.ndarray) -> np.ndarray:
     """Uncalibrated log-odds (N,) of bona fide that an exported model gives waveforms (N, T), one at a time."""
-    scorer = OnnxScorer(path, n_threads=1)
+    scorer = OnnxScorer(path)
     logits = np.concatenate([scorer(torch.from_numpy(window)[None]).logits.double().numpy() for window in windows])
     return logits[:, BONAFIDE] - logits[:, SPOOF]
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from functools import lru_cache
 from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
+
+from deepfake_utils.scoring.silero import open_silero, silero_file
 
 FRAME_SAMPLES = 512  # 32 ms at 16 kHz, the network's step
 SPEECH_PROBABILITY = 0.5  # of a frame, from which on it counts as speech: the network's own default
@@ -73,16 +74,6 @@ def is_by_loudness() -> bool:
 
 @lru_cache(maxsize=1)
 def _load_silero():
-    """An ONNX Runtime session of Silero VAD, on one thread, or None where there is none."""
-    package = find_spec("silero_vad")
-    if package is None or find_spec("onnxruntime") is None:
-        return None
-    network = Path(package.submodule_search_locations[0]) / "data" / "silero_vad_16k_sequence.onnx"
-    if not network.is_file():  # of 6.2.3 and later
-        return None
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.log_severity_level = 3  # it warns of the network's unused constants
-    return onnxruntime.InferenceSession(str(network), options, providers=["CPUExecutionProvider"])
+    """An ONNX Runtime session of Silero VAD, or None where there is none."""
+    network = silero_file()
+    return None if network is None or find_spec("onnxruntime") is None else open_silero(network)

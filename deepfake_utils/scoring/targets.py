@@ -106,7 +106,7 @@ def build(
     card = {key: known[key] for key in ("format", "loss", "trained_on", "caution") if key in known}
     card |= {"model": known.get("model"), "score": score_kind(model), **_calibration(after["dev"], trials["dev"])}
     card |= {"target": name, "numbers": target.numbers, **quantisation, "bytes": out.stat().st_size}
-    card |= {"ms_a_window": milliseconds(OnnxScorer(out, n_threads=1)), "processor": processor()}
+    card |= {"ms_a_window": milliseconds(OnnxScorer(out)), "processor": processor()}
     card |= {"parameters": sum(p.numel() for p in model.parameters()), "made_from": sha256_of(source.read_bytes())}
     card["eer"] = {split: error_rate(after[split], rows) for split, rows in trials.items()}
     card["eer_float32"] = {split: error_rate(before[split], rows) for split, rows in trials.items()}

@@ -39,14 +39,18 @@ def main() -> None:
     waveforms = windows_of(trials)
     train = few_a_family(corpus.protocol("train"), 1).sample(frac=1, random_state=0)
     ranges = windows_of(train[: options.ranges])
-    rows = []
+    table = pd.read_csv(options.table) if options.table and options.table.is_file() else pd.DataFrame()
     with tempfile.TemporaryDirectory() as folder:
         for given in options.weights:
             name, _, file = given.partition("=")
+            if len(table) and name in set(table["family"]):
+                continue
             for row in forms(name, file or name, ranges, waveforms, trials, Path(folder)):
                 print(f"{row['name']}: {row['ms']:.1f} ms, EER {100 * row['eer']:.2f} %", flush=True)
-                rows.append(row)
-    table = pd.DataFrame(rows).set_index("name")
+                table = pd.concat([table, pd.DataFrame([row])], ignore_index=True)
+            if options.table:
+                table.to_csv(options.table, index=False)
+    table = table.set_index("name")
     print(f"\n{processor()}, {len(trials)} trials\n\n{in_columns(artefact_table(table))}")
     if options.picture:
         from deepfake_utils.report import plots
@@ -78,7 +82,7 @@ def forms(name: str, file: str, ranges: np.ndarray, waveforms: np.ndarray, trial
 def measured(name: str, family: str, numbers: str, path: Path, waveforms: np.ndarray, trials: pd.DataFrame) -> dict:
     found = error_rate(log_odds(path, waveforms), trials)
     row = {"name": name, "family": family, "numbers": numbers, "bytes": path.stat().st_size}
-    row |= {"ms": milliseconds(OnnxScorer(path, n_threads=1)), "eer": found["value"], "lost": np.nan}
+    row |= {"ms": milliseconds(OnnxScorer(path)), "eer": found["value"], "lost": np.nan}
     return row | {"low": found["low"], "high": found["high"]}
 
 
@@ -89,6 +93,7 @@ def parse() -> argparse.Namespace:
                         help="targets, published names, or NAME=FILE")  # fmt: skip
     parser.add_argument("--per-family", type=int, default=20)
     parser.add_argument("--ranges", type=int, default=32, help="windows of train that give INT8 its ranges")
+    parser.add_argument("--table", type=Path, help="CSV of the rows; weights that are in it are not measured again")
     parser.add_argument("--picture", type=Path, help="PNG of error against time and size")
     return parser.parse_args()
 
