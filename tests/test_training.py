@@ -573,6 +573,11 @@ def test_weights_of_another_architecture_are_refused_before_anything_is_read(cor
         fit(*corpus, tmp_path, TrainingConfig(epochs=1), model=model, device="cpu", say=str)
     with pytest.raises(ConfigError, match="config.model is 'lfcc-lcnn'"):
         fit(*corpus, tmp_path, TrainingConfig(model="lfcc-lcnn", epochs=1), model=model, device="cpu", say=str)
+    for kind, given in (("str", "lfcc-lcnn"), ("Linear", torch.nn.Linear(2, 2))):
+        with pytest.raises(
+            ConfigError, match=f"model= is {kind} with no configuration, and config.model is 'aasist-l'"
+        ):
+            fit(*corpus, tmp_path, tiny_config(), model=given, device="cpu", say=str)
     assert not any(tmp_path.iterdir())
 
 

@@ -130,11 +130,12 @@ def _refuse_another_architecture(model: nn.Module, config: TrainingConfig) -> No
     """What is kept is rebuilt from the name and the options in `config`: they must be this model's."""
     options = {name: tuple(value) if isinstance(value, list) else value for name, value in config.model_options.items()}
     expected = build_model(config.model, generator=torch.Generator(), **options)
-    if type(model) is not type(expected) or model.config != expected.config:
-        names = [n for n, (kind, own) in MODELS.items() if type(model) is kind and model.config == own]
+    given = getattr(model, "config", "no configuration")  # a name, or somebody's own module
+    if type(model) is not type(expected) or given != expected.config:
+        names = [n for n, (kind, own) in MODELS.items() if type(model) is kind and given == own]
         fix = f"config.replace(model={names[0]!r}, model_options={{}})" if names else "its own name and model_options"
         raise ConfigError(
-            f"model= is {type(model).__name__} with {model.config}, and config.model is {config.model!r}, "
+            f"model= is {type(model).__name__} with {given}, and config.model is {config.model!r}, "
             f"{type(expected).__name__} with {expected.config}: use {fix}"
         )
 
