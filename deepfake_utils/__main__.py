@@ -118,6 +118,25 @@ def calibrate(options: argparse.Namespace) -> int:
     return DONE
 
 
+def reference(options: argparse.Namespace) -> int:
+    """Measure recordings of the dev split and keep the figures beside weights: what `monitor` tells drift by."""
+    from deepfake_utils import corpora
+    from deepfake_utils.scoring.detector import Detector
+    from deepfake_utils.scoring.weights import weights_file
+
+    try:
+        from deepfake_utils.serving import drift
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{error.name} is missing: pip install 'deepfake-utils[serve]'") from None
+    corpus = corpora.find_corpora(options.data)[0]
+    measured = drift.make_reference(Detector.load(options.weights), corpus.protocol("dev"), n=options.most)
+    path = drift.write_reference(
+        weights_file(options.weights), measured, f"{len(measured):,} recordings of dev of {corpus.name}"
+    )
+    print(path)
+    return DONE
+
+
 def parse_setting(text: str) -> tuple[str, object]:
     """NAME=VALUE of a training setting; the value is read as JSON where it is JSON.
 
@@ -378,7 +397,7 @@ def build_parser() -> Parser:
     )
     commands = parser.add_subparsers(
         required=True,
-        metavar="find | collect | train | calibrate | score | evaluate | export | browser | serve | "
+        metavar="find | collect | train | calibrate | reference | score | evaluate | export | browser | serve | "
         "monitor | retrain | rollback",
         parser_class=Parser,
     )
@@ -418,6 +437,13 @@ def build_parser() -> Parser:
                          "into, a split; 0 leaves pooling and marks as they are")  # fmt: skip
     command.add_argument("--most", metavar="N", type=int, default=60, help="recordings of each source and label")
     command.set_defaults(run=calibrate)
+
+    command = commands.add_parser("reference", help="what drift is told by", description=reference.__doc__)
+    command.add_argument("weights", metavar="WEIGHTS", type=Path, help="a .safetensors or .onnx file with its JSON")
+    command.add_argument("--data", metavar="FOLDER", type=Path, required=True, help="corpus with a dev split, of "
+                         "recordings like those the service is meant for")  # fmt: skip
+    command.add_argument("--most", metavar="N", type=int, default=1000, help="recordings, drawn in proportion")
+    command.set_defaults(run=reference)
 
     command = commands.add_parser("score", help="say which recordings are real and which are fake",
                                   description=score.__doc__)  # fmt: skip

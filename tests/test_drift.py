@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import time
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from deepfake_utils import Detector
 from deepfake_utils.__main__ import main
 from deepfake_utils.conventions import ConfigError, ScoreError
 from deepfake_utils.demo import build_demo
+from deepfake_utils.scoring.weights import SHIPPED
 from deepfake_utils.serving import drift
 from deepfake_utils.serving.headless import NOTEBOOKS
 from deepfake_utils.serving.limits import Places
@@ -102,10 +104,21 @@ def test_a_reference_is_made_of_recordings_and_kept_beside_the_weights(tmp_path)
     pd.testing.assert_frame_equal(again, reference, check_dtype=False)
     assert again.attrs["made_from"] == "demo, dev"
     path.write_text(json.dumps({"score": [1, 2]}))
-    with pytest.raises(ConfigError, match="damaged.*make_reference"):
+    with pytest.raises(ConfigError, match="damaged.*deepfake-utils reference"):
         drift.read_reference(tmp_path / "w.safetensors")
     with pytest.raises(ConfigError, match="have no reference"):
         drift.read_reference(tmp_path / "other.safetensors")
+    for suffix in (".onnx", ".json"):
+        shutil.copy(SHIPPED["phone"].with_suffix(suffix), tmp_path)
+    assert main(["reference", str(tmp_path / "phone.onnx"), "--data", str(tmp_path / "demo"), "--most", "5"]) == 0
+    made = drift.read_reference(tmp_path / "phone.onnx")
+    assert 0 < len(made) <= 5 and made.attrs["made_from"].startswith(f"{len(made)} recordings of dev of")
+
+
+def test_the_shipped_weights_have_a_reference():
+    reference = drift.read_reference(SHIPPED["server"])
+    assert len(reference) >= 500 and reference["score"].notna().mean() > 0.8
+    assert SHIPPED["server"].with_suffix(".reference.json").stat().st_size < 80_000
 
 
 # The report.

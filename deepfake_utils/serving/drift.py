@@ -32,6 +32,7 @@ NO_VERDICT = "no verdict"
 FALSE_ALARMS = 0.01  # of whole reports without drift
 MANY_CLIENTS = 50  # from so many on, a client is the unit and not a recording
 MOST = 2000  # recordings of a stream that are looked at: of a million, any trifle would be significant
+DIGITS = 8  # of the numbers of a reference; its bandwidths have seven
 FEWEST = 20  # below this a test could hardly see anything
 
 
@@ -64,13 +65,15 @@ def make_reference(detector: Detector, protocol: pd.DataFrame, *, n: int = 1000,
 
 def write_reference(weights: str | os.PathLike, reference: pd.DataFrame, made_from: str) -> Path:
     """Keep a reference beside its weights. made_from: the corpus, in words."""
-    columns = {
-        name: [None if pd.isna(value) else value for value in values.tolist()] for name, values in reference.items()
-    }
+    columns = {name: [_shortened(value) for value in values.tolist()] for name, values in reference.items()}
     path = reference_file(weights)
     with atomic_write(path) as part:
         part.write_text(json.dumps({"made_from": made_from, **columns}, allow_nan=False) + "\n", encoding="utf-8")
     return path
+
+
+def _shortened(value: float) -> float | None:
+    return None if pd.isna(value) else float(f"{value:.{DIGITS}g}")
 
 
 def read_reference(weights: str | os.PathLike) -> pd.DataFrame:
@@ -80,7 +83,7 @@ def read_reference(weights: str | os.PathLike) -> pd.DataFrame:
         ConfigError: there is none, or it is damaged.
     """
     path = reference_file(weights)
-    advice = "make one with serving.drift.make_reference and write_reference, from dev of the corpus they are meant for"
+    advice = f"make one: deepfake-utils reference {weights} --data FOLDER, a corpus of what they are meant for"
     try:
         columns = json.loads(path.read_text(encoding="utf-8"))
         made_from = columns.pop("made_from")

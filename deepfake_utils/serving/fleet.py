@@ -146,6 +146,7 @@ def connect() -> None:
     """Join the cluster of RAY_ADDRESS, else the one that runs on this machine, else make one of its cores."""
     if not ray.is_initialized():
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is told to anybody
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # it has advice on how Ray itself calls it
         ray.init(logging_level=logging.ERROR, log_to_driver=False)
 
 
