@@ -187,6 +187,15 @@ def decode(content: bytes, *, names_are_bytes: bool = False) -> str:
     return content.decode("utf-8-sig", "surrogateescape" if names_are_bytes else "strict")
 
 
+def stands_in(start: bytes) -> str:
+    """What a file is that lies where another was meant, by its first 64 bytes or more, in words; "" of all others."""
+    if start.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer, not the file it stands for: run `git lfs pull`, or download the file itself"
+    if start.lstrip().lower().startswith((b"<!doctype html", b"<html", b"<?xml")):
+        return "is a web page, not the file itself: a login or error page was saved; download the raw file"
+    return ""
+
+
 def read_text(path: str | os.PathLike, error: type[DeepfakeUtilsError], *, names_are_bytes: bool = False) -> str:
     """The text of a file; see `decode` for what is understood.
 
@@ -197,6 +206,8 @@ def read_text(path: str | os.PathLike, error: type[DeepfakeUtilsError], *, names
         content = Path(path).read_bytes()
     except OSError as problem:
         raise error(f"{path} cannot be read: {problem.strerror}") from None
+    if what := stands_in(content[:512]):
+        raise error(f"{path} {what}")
     try:
         text = decode(content, names_are_bytes=names_are_bytes)
     except UnicodeDecodeError as problem:

@@ -6,7 +6,10 @@ import os
 import pytest
 
 from deepfake_utils import files
-from deepfake_utils.conventions import AUDIO_SUFFIXES, CorpusError
+from deepfake_utils.conventions import AUDIO_SUFFIXES, AudioError, CorpusError, ScoreError
+from deepfake_utils.evaluation.scorefile import read_scores
+from deepfake_utils.protocols import read_keys
+from deepfake_utils.waveforms.decode import read_audio
 
 LISTED = ("a.wav", "b/c.FLAC", "b/d.mp4", "b/{e} f.opus", "z.mka")
 
@@ -27,6 +30,25 @@ def test_recordings_are_listed_once_in_order_and_the_rest_is_counted(tmp_path):
     assert passed_over == {".txt": 1, "no suffix": 1, "broken link": 1}
     assert "passed over 3 files" in files.describe_passed_over(passed_over)
     assert files.describe_passed_over(files.list_audio(tmp_path / "nowhere")[1]) == ""
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935\nsize 12345\n"
+PAGE = b"\n<!DOCTYPE html>\n<html><head><title>Sign in</title></head></html>\n"
+
+
+@pytest.mark.parametrize("content, said", [(POINTER, "is a Git LFS pointer.*git lfs pull"), (PAGE, "is a web page")])
+def test_what_lies_there_instead_of_a_file_is_called_by_its_name(tmp_path, content, said):
+    """Weights have it in test_checkpoint."""
+    for name in ("a.flac", "b.wav", "c.mp3"):
+        (tmp_path / name).write_bytes(content)
+        for source in (tmp_path / name, content):
+            with pytest.raises(AudioError, match=said):
+                read_audio(source)
+    (tmp_path / "scores.csv").write_bytes(content)
+    with pytest.raises(ScoreError, match=said):
+        read_scores(tmp_path / "scores.csv")
+    with pytest.raises(CorpusError, match=said):
+        read_keys(tmp_path / "scores.csv")
 
 
 @pytest.mark.parametrize(

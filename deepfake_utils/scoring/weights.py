@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from deepfake_utils.conventions import CheckpointError
-from deepfake_utils.files import atomic_write
+from deepfake_utils.files import atomic_write, stands_in
 from deepfake_utils.models import MODELS, PUBLISHED_NAMES, build_model
 from deepfake_utils.models.layers import CMOutput
 from deepfake_utils.models.losses import WeightedCrossEntropy, build_loss
@@ -247,13 +247,10 @@ def _refuse_other_files(path: Path) -> None:
     """Name what is plainly no weights file: nothing, a Git LFS pointer, a web page, an exported model."""
     with path.open("rb") as file:
         start = file.read(512)
-    text = start.lstrip().lower()
     if not start:
         what = "is empty (0 bytes): copy or download it again"
-    elif start.startswith(b"version https://git-lfs"):
-        what = "is a Git LFS pointer, not the file it stands for: run `git lfs pull`, or download the file itself"
-    elif text.startswith((b"<!doctype html", b"<html", b"<?xml")):
-        what = "is a web page, not weights: a login or error page was saved; download the raw file"
+    elif what := stands_in(start):
+        pass
     elif path.suffix == ".onnx":
         what = "is an exported model: score with it as it is (--onnx, or Detector.load), it cannot be trained on"
     else:

@@ -78,7 +78,8 @@ def fit(
 
     Args:
         train, dev: protocols; rows of the eval split are refused.
-        run_dir: folder of the run; an unfinished run found there is continued exactly.
+        run_dir: folder of the run; an unfinished run found there is continued exactly. Where a time budget ended it
+            within an epoch, the weights of that moment were scored on dev, too, and may be those that are kept.
         config: the recipe; None is the published AASIST recipe.
         model: start from a copy of these weights instead of fresh ones; its architecture must be `config`'s.
         device: "auto", "cpu", "cuda" or "cuda:N".

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from deepfake_utils.conventions import AudioError
+from deepfake_utils.files import stands_in
 
 SPOOL_BYTES = 64 * 2**20  # of a pipe kept in memory; what is longer goes to a temporary file
 
@@ -63,6 +64,9 @@ def opened(source: AudioFile, notes: list[str] | None = None) -> Iterator[Record
         file.seek(0)
         if n_bytes == 0:
             raise AudioError(f"{name} is empty (0 bytes); copy or download it again")
+        if what := stands_in(file.read(64)):
+            raise AudioError(f"{name} {what}")
+        file.seek(0)
         yield Recording(name, file, n_bytes, say)
 
 
