@@ -421,7 +421,7 @@ def test_interrupting_ends_without_a_traceback(weights, tmp_path):
             break
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)
-    _, rest = process.communicate(timeout=60)
+    _, rest = process.communicate(timeout=300)
     assert process.returncode == 130
     assert "interrupted" in rest and "Traceback" not in rest and "of 401 recordings" in rest
     with (tmp_path / "out" / "scores.csv").open() as lines:

@@ -143,12 +143,12 @@ def start_child(corpus, folder: Path) -> subprocess.Popen:
 
 
 def wait_for(condition, child: subprocess.Popen) -> None:
-    for _ in range(1200):
+    for _ in range(6000):  # a busy machine takes minutes to import PyTorch
         if condition():
             return
         assert child.poll() is None, child.stderr.read()
         time.sleep(0.05)
-    raise AssertionError("the child did not get that far within a minute")
+    raise AssertionError("the child did not get that far within five minutes")
 
 
 def test_killed_in_the_middle_of_an_epoch_then_resumed_bit_for_bit(corpus, tmp_path):
@@ -186,7 +186,7 @@ def test_ctrl_c_leaves_a_usable_checkpoint_and_says_how_to_go_on(corpus, tmp_pat
     child = start_child(corpus, tmp_path / "run")
     wait_for((tmp_path / "run" / "history.csv").is_file, child)
     child.send_signal(signal.SIGINT)
-    out, err = child.communicate(timeout=60)
+    out, err = child.communicate(timeout=300)
     assert "interrupted: continue with the same call" in out, out + err
     assert load_training_state(tmp_path / "run" / "checkpoint.pt")["state"]["epoch"] >= 1
 
