@@ -12,12 +12,14 @@ import pytest
 import deepfake_utils.serving
 from deepfake_utils import Detector, find_corpora
 from deepfake_utils.__main__ import main
+from deepfake_utils.conventions import SPLITS
 from deepfake_utils.demo import build_demo
 from deepfake_utils.serving import drift
 from deepfake_utils.serving.feedback import (
     ACCEPTED,
 )
 from deepfake_utils.serving.records import Records
+from deepfake_utils.serving.retraining import Retraining
 from deepfake_utils.serving.versions import POINTER, Versions
 from tests.conftest import REPOSITORY
 from tests.small_retraining import EASY_RULES, give_feedback, train_base, write_notebooks, write_rules
@@ -117,3 +119,31 @@ def test_test_sets_that_changed_are_refused(place, capsys):
     code = main(command(place, "changed"))
     said = capsys.readouterr().err
     assert code == 2 and "is not what it was" in said, said
+
+
+def test_labels_turned_round_by_one_client_do_not_pass_the_gate(tmp_path, capsys, monkeypatch):
+    """All that stands before the gate is switched off: a good base, and one client whose every label is a lie."""
+    base = build_demo(tmp_path / "demo", scale=0.3)
+    train_base(tmp_path / "base", base, epochs=8)
+
+    def train(retraining) -> None:  # as the notebooks do, without their kernels
+        train_base(retraining.folder / "run", find_corpora(retraining.folder / "corpus")[0], epochs=4)
+
+    monkeypatch.setattr(Retraining, "train", train)
+    unguarded = {"contradiction_log_odds": 1e9, "largest_share": 9, "held_out_share": 0}
+    rules = write_rules(tmp_path / "rules.toml", RULES, **EASY_RULES | unguarded | {"largest_loss": 0.25})
+    heard = pd.concat(build_demo(tmp_path / "heard", seed=1, scale=0.2).protocol(split) for split in SPLITS)
+    url, models = f"sqlite:///{tmp_path}/records.sqlite", tmp_path / "models"
+    give_feedback(Records(url), tmp_path / "kept", heard, "mallory", flipped=True)
+    code = main([
+        "retrain", "--feedback", url, "--base", str(tmp_path / "base"), "--models", str(models), "--rules", str(rules),
+    ])  # fmt: skip
+    assert code == 0, capsys.readouterr().err
+    found = pd.read_csv(models / "retrainings" / "1" / "feedback.csv")
+    assert (found["outcome"] == ACCEPTED).all() and len(found) == len(heard)
+    first = pd.read_csv(models / "retrainings" / "1" / "comparison.csv").iloc[0]
+    assert first["set"] == "eval of demo" and first["measure"] == "EER"
+    assert first["difference"] > 0.1, "what it learned from the lies shows on the frozen test set"
+    last = Versions(models).history()[-1]
+    assert last["event"] == "refused" and "a loss of more than 25 points is not excluded" in last["reasons"][0]
+    assert pointer(Versions(models)).startswith("base-")

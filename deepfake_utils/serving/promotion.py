@@ -90,7 +90,8 @@ def refusals(table: pd.DataFrame, rules: Mapping) -> list[str]:
 
     table: rows of `compare` for all sets; rules: the table `promotion` of the rules.
     """
-    return [reason for row in table.fillna({"attack": ""}).itertuples() if (reason := _refusal(row, rules))]
+    named = table.assign(attack=table["attack"].astype(object).fillna(""))  # read from a file, "" is missing
+    return [reason for row in named.itertuples() if (reason := _refusal(row, rules))]
 
 
 def _refusal(row, rules: Mapping) -> str:
