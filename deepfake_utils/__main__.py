@@ -1,27 +1,21 @@
 """The command line: `python -m deepfake_utils COMMAND`, of find, collect, train, calibrate, score and so on.
 
 Exit codes: 0 done; 1 done except for recordings that could not be read, each named on standard error;
-2 bad input, said in one line; 130 interrupted.
+2 bad input, said in one line; 130 interrupted. What the commands do is in `commands`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import warnings
-from collections import Counter
-from collections.abc import Mapping
-from contextlib import closing
 from pathlib import Path
 
-from tqdm.auto import tqdm
+from deepfake_utils import commands
+from deepfake_utils.conventions import DeepfakeUtilsError
 
-from deepfake_utils.conventions import LABEL_NAMES, ConfigError, DeepfakeUtilsError
-from deepfake_utils.files import atomic_write
-
-DONE, SOME_UNREADABLE, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+BAD_INPUT, INTERRUPTED = 2, 130
 
 
 class Parser(argparse.ArgumentParser):
@@ -32,383 +26,27 @@ class Parser(argparse.ArgumentParser):
         self.exit(BAD_INPUT, f"{self.prog}: {message} (--help tells more)\n")
 
 
-def find(options: argparse.Namespace) -> int:
-    """Print the corpora found, with their trials by split, label and attack."""
-    from deepfake_utils import corpora
-
-    for corpus in corpora.find_corpora(*options.folders, name=options.name):
-        print(f"{corpus.name}  {corpus.root}")
-        counts = corpus.counts()
-        for split, rows in counts.groupby("split", sort=False):
-            missing = int(rows["missing"].sum())
-            print(f"  {split:<6}{describe_counts(rows)}" + (f"; audio missing: {missing:,}" if missing else ""))
-            if asv := corpus.asv_scores(split):
-                print(f"        ASV scores: {asv}")
-    return DONE
-
-
-def describe_counts(rows) -> str:
-    """One split's trials: those of each label, and of each attack.
-
-    Args:
-        rows: frame with columns label, attack and trials.
-    """
-    parts = []
-    for label in reversed(LABEL_NAMES.values()):
-        of_label = rows[rows["label"] == label]
-        attacks = ", ".join(f"{attack} {n:,}" for attack, n in zip(of_label["attack"], of_label["trials"], strict=True))
-        several = f" ({attacks})" if len(of_label) > 1 else ""
-        parts.append(f"{of_label['trials'].sum():,} {label}{several}")
-    return ", ".join(parts)
-
-
-def collect(options: argparse.Namespace) -> int:
-    """Build the corpus of open speech from the public recordings that the package lists."""
-    from deepfake_utils import collecting
-
-    limit = None if options.limit_mb is None else int(options.limit_mb * 1e6)
-    settings = {"licence": options.licence, "mirrors": options.mirrors, "limit_bytes": limit, "say": print}
-    collecting.collect(options.folder, **settings)
-    if options.synthesise:
-        collecting.synthesise(
-            options.folder, options.synthesise, engines=options.engines, mirrors=options.mirrors, say=print
-        )
-        collecting.collect(options.folder, **settings)
-    return DONE
-
-
-def train(options: argparse.Namespace) -> int:
-    """Train a countermeasure, or go on with a run that stopped; under torchrun, in several processes."""
-    from deepfake_utils import corpora
-    from deepfake_utils.training import jobs
-    from deepfake_utils.training.config import RECIPES, TrainingConfig
-    from deepfake_utils.training.loop import fit
-
-    if options.data is None:
-        if options.set:
-            raise ConfigError(
-                "--set describes a new run and goes with --data; config.json in the run folder holds the old one"
-            )
-        jobs.run_job(options.run_dir, device=options.device)
-        return DONE
-    corpus = corpora.find_corpora(options.data)[0]
-    values = RECIPES[options.recipe].to_dict() | dict(map(parse_setting, options.set))
-    config = TrainingConfig.from_dict(values)
-    if "train" in corpus.splits:
-        protocols = corpus.protocol("train"), corpus.protocol("dev")
-    else:
-        (*protocols, _), where_from = corpora.divide(corpus, config.seed)
-        print(where_from)
-    if os.environ.get("RANK", "0") == "0":
-        jobs.write_job(options.run_dir, *protocols, config)
-    fit(*protocols, options.run_dir, config, device=options.device, say=print)  # other ranks need not see the job
-    return DONE
-
-
-def calibrate(options: argparse.Namespace) -> int:
-    """Fit on the dev split all that turns scores of weights into decisions, and write it into the JSON beside them.
-
-    Calibration, pooling of windows, thresholds of the uses, marks of fake stretches; judged on the eval split.
-    """
-    from deepfake_utils import corpora
-    from deepfake_utils.scoring.calibrate import calibrate as fit
-
-    corpus = corpora.find_corpora(options.data)[0]
-    fit(options.weights, corpus.protocol("dev"), corpus.protocol("eval"), n_hosts=options.hosts, most=options.most)
-    return DONE
-
-
-def reference(options: argparse.Namespace) -> int:
-    """Measure recordings of the dev split and keep the figures beside weights: what `monitor` tells drift by."""
-    from deepfake_utils import corpora
-    from deepfake_utils.scoring.detector import Detector
-    from deepfake_utils.scoring.weights import weights_file
-
-    try:
-        from deepfake_utils.serving import drift
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"{error.name} is missing: pip install 'deepfake-utils[serve]'") from None
-    corpus = corpora.find_corpora(options.data)[0]
-    measured = drift.make_reference(Detector.load(options.weights), corpus.protocol("dev"), n=options.most)
-    path = drift.write_reference(
-        weights_file(options.weights), measured, f"{len(measured):,} recordings of dev of {corpus.name}"
-    )
-    print(path)
-    return DONE
-
-
-def parse_setting(text: str) -> tuple[str, object]:
-    """NAME=VALUE of a training setting; the value is read as JSON where it is JSON.
-
-    >>> parse_setting("epochs=5"), parse_setting("schedule=one_cycle")
-    (('epochs', 5), ('schedule', 'one_cycle'))
-    """
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise ConfigError(f"--set {text}: expected NAME=VALUE, such as epochs=5")
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, value
-
-
-def export(options: argparse.Namespace) -> int:
-    """Write a countermeasure as ONNX and compare it with PyTorch; or fitted to a kind of machine, with a card."""
-    from deepfake_utils.scoring.onnx import export_onnx, parity_report
-    from deepfake_utils.scoring.weights import load_model
-
-    if options.target:
-        return export_target(options)
-    model = load_model(options.model, weights=options.weights)
-    export_onnx(model, options.out)
-    print(parity_report(options.out, model))
-    return DONE
-
-
-def export_target(options: argparse.Namespace) -> int:
-    """Write a countermeasure made smaller for a target, and beside it the card with what that cost."""
-    from deepfake_utils import corpora
-    from deepfake_utils.scoring.targets import build
-
-    if options.data is None or options.model:
-        raise ConfigError("--target needs --data, a corpus with train, dev and eval splits, and no --model")
-    corpus = corpora.find_corpora(options.data)[0]
-    protocols = {split: corpus.protocol(split) for split in ("train", "dev", "eval")}
-    card = build(options.target, options.weights, protocols, options.out, lambda line: print(line, file=sys.stderr))
-    print(json.dumps(card, indent=2))
-    for miss in card["misses"]:
-        print(f"note: not what {options.target} asks for: {miss}", file=sys.stderr)
-    return DONE
-
-
-def browser(options: argparse.Namespace) -> int:
-    """Assemble a page that judges recordings in the browser; any web server can serve the folder."""
-    from deepfake_utils.browser import assemble
-
-    folder = assemble(options.folder, options.weights, options.runtime)
-    print(f"to try it: {Path(sys.executable).name} -m http.server --directory {folder} --bind 127.0.0.1 8000")
-    print("and open http://127.0.0.1:8000; elsewhere the microphone needs https")
-    return DONE
-
-
-def score(options: argparse.Namespace) -> int:
-    """Say of each recording whether its speech is real or machine-made (fake), as far as the weights can tell.
-
-    The whole of every recording is looked at, in windows of 4 seconds wherever there is speech; without speech there is
-    no verdict. What is written to files is there whatever ends the run.
-    """
-    from deepfake_utils.scoring.detector import Detector
-    from deepfake_utils.scoring.outputs import Outputs
-    from deepfake_utils.scoring.score import list_recordings
-
-    if options.fleet:
-        return score_on_cluster(options)
-    files, passed_over = list_recordings(options.audio)
-    if passed_over:
-        print(passed_over, file=sys.stderr)
-    if options.onnx and options.model:
-        raise ConfigError("--model goes with --weights; an ONNX file needs no model name")
-    targets = {"csv_path": options.csv, "json_path": options.json}
-    targets |= {"timeline_path": options.timeline, "scores_path": options.out}
-    draw = None
-    if options.pictures:
-        try:
-            from deepfake_utils.report.plots.decisions import timeline_pictures
-        except ImportError:
-            raise ConfigError("--pictures needs Matplotlib: pip install 'deepfake-utils[plots]'") from None
-        draw = timeline_pictures(options.pictures, len(files))
-    counts = Counter()
-    with Outputs(len(files), **targets) as outputs:
-        detector = Detector.load(
-            options.onnx or options.weights, model=options.model, use=options.use, device=options.device,
-            whole=not options.first_window,
-        )  # fmt: skip
-        outputs.introduce(detector)
-        try:
-            with closing(detector.verdicts(files)) as verdicts:
-                bar = tqdm(verdicts, "scoring", len(files), unit="file", leave=False, disable=len(files) == 1)
-                for path, verdict in zip(files, bar, strict=True):
-                    counts[getattr(verdict, "verdict", "unreadable")] += 1
-                    outputs.add(path, verdict)
-                    if draw:
-                        draw(path, verdict, detector.uncertain)
-        finally:
-            if len(files) > 1:
-                found = ", ".join(f"{n:,} {word}" for word, n in counts.most_common()) or "none"
-                print(f"{counts.total():,} of {len(files):,} recordings looked at: {found}", file=sys.stderr)
-    return SOME_UNREADABLE if counts["unreadable"] else DONE
-
-
-def score_on_cluster(options: argparse.Namespace) -> int:
-    """Score recordings without end on a Ray cluster, into a folder of Parquet files; go on where a run was ended."""
-    from deepfake_utils.scoring.detector import Detector
-    from deepfake_utils.scoring.outputs import introduction
-
-    try:
-        from deepfake_utils.serving.fleet import score_fleet
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"{error.name} is missing: pip install 'deepfake-utils[fleet]'") from None
-    if given := [f"--{name}" for name in ("csv", "json", "timeline", "pictures", "out") if getattr(options, name)]:
-        raise ConfigError(f"{', '.join(given)} and --fleet: a fleet writes Parquet into its folder and nothing else")
-    weights = options.onnx or options.weights
-    settings = {
-        "weights": os.path.abspath(weights) if weights and os.path.exists(weights) else weights,
-        "model": options.model, "use": options.use, "device": options.device, "whole": not options.first_window,
-    }  # fmt: skip
-    print("\n".join(introduction(Detector.load(**settings))), file=sys.stderr)  # what is wrong with them is said here
-    counts = score_fleet(options.audio, options.fleet, **settings)
-    found = ", ".join(f"{n:,} {word}" for word, n in counts.most_common())
-    print(f"{counts.total():,} recordings in {options.fleet}: {found}")
-    return SOME_UNREADABLE if counts["unreadable"] else DONE
-
-
-def serve(options: argparse.Namespace) -> int:
-    """Answer over HTTP whether recordings are real or fake, with a page for people and an interface for programs.
-
-    DATABASE_URL names a database other than a file in the folder, such as postgresql+psycopg://user@host/name;
-    DEEPFAKE_TOKENS="anna=SECRET,ben=SECRET" lets in only who sends such a token. The weights of FOLDER/models are
-    followed without a restart.
-    """
-    try:
-        if options.fleet:
-            from deepfake_utils.serving.replicas import serve_fleet as run
-        else:
-            from deepfake_utils.serving.server import serve as run
-        from deepfake_utils.serving.service import Settings
-    except ModuleNotFoundError as error:
-        extra = "fleet" if options.fleet else "serve"
-        raise ConfigError(f"{error.name} is missing: pip install 'deepfake-utils[{extra}]'") from None
-    pairs = [pair.partition("=") for pair in os.environ.get("DEEPFAKE_TOKENS", "").split(",") if pair.strip()]
-    if not all(name.strip() and token.strip() for name, _, token in pairs):
-        raise ConfigError('DEEPFAKE_TOKENS: expected NAME=TOKEN,..., such as "anna=SECRET"')
-    tokens = {token.strip(): name.strip() for name, _, token in pairs}
-    settings = Settings(
-        options.folder, options.weights, options.models, os.environ.get("DATABASE_URL"), tokens, use=options.use,
-        device=options.device,
-    )  # fmt: skip
-    run(settings, options.host, options.port)
-    return DONE
-
-
-def evaluate(options: argparse.Namespace) -> int:
-    """Print the figures of a score file, and write them as JSON and HTML where asked."""
-    from deepfake_utils import evaluation
-    from deepfake_utils.evaluation import scorefile
-    from deepfake_utils.protocols import read_keys
-
-    scores = scorefile.read_scores(options.scores, options.higher_is, one_is=options.one_is)
-    protocol = read_keys(options.protocol, one_is=options.one_is)
-    with warnings.catch_warnings(record=True):  # printed below, from the result
-        warnings.simplefilter("always")
-        result = evaluation.evaluate(
-            scores, protocol, options.asv_scores, by=options.by, phase=options.phase,
-            n_bootstrap=options.n_bootstrap, attack_intervals=options.html is not None,
-        )  # fmt: skip
-    for note in result.warnings:  # first: a turned direction makes nonsense of all that follows
-        print(f"note: {note}", file=sys.stderr, flush=True)
-    print(table(result))
-    if options.json:
-        with atomic_write(options.json) as part:
-            part.write_text(json.dumps(result.to_dict(), indent=2, allow_nan=False) + "\n")
-    if options.html:
-        from deepfake_utils.report import page as report
-
-        report.write_html(options.html, result, options.asv_scores)
-    return DONE
-
-
-def table(result: Mapping) -> str:
-    """The figures of `evaluation.evaluate` for a terminal, rates in percent."""
-    from deepfake_utils.report import tables
-
-    speakers = f", {result['n_speakers']:,} speaker{'s' * (result['n_speakers'] > 1)}" if result["n_speakers"] else ""
-    lines = [
-        f"scores     {result['score_dialect']}; higher is more {result['higher_is']} in the file",
-        f"trials     {result['n_bonafide']:,} bona fide, {result['n_spoof']:,} spoof{speakers}",
-        f"threshold  {result['threshold']:.4g}, {result['threshold_source']}",
-    ]
-    if result["n_bootstrap"] and result["bootstrap_unit"]:
-        unit = f"{result['n_bootstrap']:,} bootstraps by {result['bootstrap_unit']}"
-        lines.append(f"intervals  {100 * result['confidence']:g} %, {unit}")
-    figures = tables.headline_table(result)
-    if result["eer"] > 0.5:
-        return "\n".join([*lines, "", in_columns(figures.head(1)), "", "the other figures say nothing until the note "
-                          "above is settled"])  # fmt: skip
-    if result["min_tdcf"] is None:
-        lines.append("t-DCF      not without --asv-scores")
-    blocks = [figures, *([tables.attack_table(result)] if result["per_attack"] else [])]
-    blocks += [tables.breakdown_table(result, column) for column in result["by"]]
-    return "\n\n".join(["\n".join(lines), *map(in_columns, blocks)])
-
-
-def in_columns(table) -> str:
-    """A table for a terminal: words to the left, figures to the right."""
-    words = ("meaning", table.columns[0])
-    widths = {c: max(len(c), *table[c].astype(str).str.len()) for c in table}
-    rows = [dict(zip(table, table, strict=True)), *table.astype(str).to_dict("records")]
-    lines = ("  ".join(f"{row[c]:{'<' if c in words else '>'}{widths[c]}}" for c in table) for row in rows)
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def monitor(options: argparse.Namespace) -> int:
-    """Render a report on a service as a notebook with pictures: drift, verdicts, feedback, decisions."""
-    from deepfake_utils.serving import headless
-
-    settings = {"days": options.days, "false_alarms": options.false_alarms}
-    notebooks = options.notebooks or headless.NOTEBOOKS
-    print(headless.monitor(options.database, options.models, options.out, notebooks, **settings))
-    found = json.loads((options.out / "monitor" / "result.json").read_text(encoding="utf-8"))
-    print(found["problem"] or f"drift: {', '.join(found['drifted']) or 'none seen'}")
-    return DONE
-
-
-def retrain(options: argparse.Namespace) -> int:
-    """Retrain from confirmed feedback, compare with the weights in service, and let the better ones take over.
-
-    What was decided, and why, is added to decisions.jsonl in the models' folder. A retraining that was stopped, in
-    whatever way, goes on where it was when the same command is given again.
-    """
-    from deepfake_utils.serving import retraining
-    from deepfake_utils.serving.headless import NOTEBOOKS
-    from deepfake_utils.serving.records import Records
-
-    wish = retraining.Wish(
-        str(options.base.resolve()), str(options.data.resolve()) if options.data else "",
-        tuple(str(folder.resolve()) for folder in options.test), dict(options.parameters),
-        retraining.read_rules(options.rules),
-    )  # fmt: skip
-    retraining.retrain(Records(options.feedback), options.models, wish, options.notebooks or NOTEBOOKS)
-    return DONE
-
-
-def rollback(options: argparse.Namespace) -> int:
-    """Put the weights before the present ones back into service; a running service follows."""
-    from deepfake_utils.serving.versions import Versions
-
-    with Versions(options.models).locked() as versions:
-        print(f"{versions.roll_back()['version']} is in service again")
-    return DONE
-
-
 def build_parser() -> Parser:
     """The commands and their arguments."""
     parser = Parser(
         prog="python -m deepfake_utils", description="Detect AI-generated speech: corpora, scores, figures."
     )
-    commands = parser.add_subparsers(
+    parsers = parser.add_subparsers(
         required=True,
         metavar="find | collect | train | calibrate | reference | score | evaluate | export | browser | serve | "
         "monitor | retrain | rollback",
         parser_class=Parser,
     )
 
-    command = commands.add_parser("find", help="list the corpora in folders", description=find.__doc__)
+    command = parsers.add_parser("find", help="list the corpora in folders", description=commands.find.__doc__)
     command.add_argument("folders", nargs="*", metavar="FOLDER", type=Path,
                          help="where to look; default: DEEPFAKE_DATA, /kaggle/input, ./data")  # fmt: skip
     command.add_argument("--name", help="only this corpus, for example asvspoof2019_la, or a Kaggle dataset owner/slug")
-    command.set_defaults(run=find)
+    command.set_defaults(run=commands.find)
 
-    command = commands.add_parser("collect", help="build the corpus of open speech", description=collect.__doc__)
+    command = parsers.add_parser(
+        "collect", help="build the corpus of open speech", description=commands.collect.__doc__
+    )
     command.add_argument("folder", metavar="FOLDER", type=Path, help="where the corpus is or will be; it is completed")
     command.add_argument("--licence", choices=("any", "stated"), default="any",
                          help="stated: leave out what comes without a licence")  # fmt: skip
@@ -417,9 +55,9 @@ def build_parser() -> Parser:
     command.add_argument("--synthesise", metavar="N", type=int, default=0,
                          help="add N clips from the speech engines installed here")  # fmt: skip
     command.add_argument("--engines", metavar="NAME", nargs="+", default=(), help="only these of them")
-    command.set_defaults(run=collect)
+    command.set_defaults(run=commands.collect)
 
-    command = commands.add_parser("train", help="train, or go on with a run", description=train.__doc__)
+    command = parsers.add_parser("train", help="train, or go on with a run", description=commands.train.__doc__)
     command.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="folder of the run")
     command.add_argument("--data", metavar="FOLDER", type=Path, help="start a run on the corpus in this folder; "
                          "without it the run in RUN_DIR goes on")  # fmt: skip
@@ -427,26 +65,26 @@ def build_parser() -> Parser:
     command.add_argument("--set", metavar="NAME=VALUE", action="append", default=[],
                          help="change a setting of the recipe, such as epochs=5; may be repeated")  # fmt: skip
     command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    command.set_defaults(run=train)
+    command.set_defaults(run=commands.train)
 
-    command = commands.add_parser("calibrate", help="fit thresholds on dev, judge them on eval",
-                                  description=calibrate.__doc__)  # fmt: skip
+    command = parsers.add_parser("calibrate", help="fit thresholds on dev, judge them on eval",
+                                  description=commands.calibrate.__doc__)  # fmt: skip
     command.add_argument("weights", metavar="WEIGHTS", type=Path, help="a .safetensors or .onnx file with its JSON")
     command.add_argument("--data", metavar="FOLDER", type=Path, required=True, help="corpus with dev and eval splits")
     command.add_argument("--hosts", metavar="N", type=int, default=40, help="real recordings that fakes are spliced "
                          "into, a split; 0 leaves pooling and marks as they are")  # fmt: skip
     command.add_argument("--most", metavar="N", type=int, default=60, help="recordings of each source and label")
-    command.set_defaults(run=calibrate)
+    command.set_defaults(run=commands.calibrate)
 
-    command = commands.add_parser("reference", help="what drift is told by", description=reference.__doc__)
+    command = parsers.add_parser("reference", help="what drift is told by", description=commands.reference.__doc__)
     command.add_argument("weights", metavar="WEIGHTS", type=Path, help="a .safetensors or .onnx file with its JSON")
     command.add_argument("--data", metavar="FOLDER", type=Path, required=True, help="corpus with a dev split, of "
                          "recordings like those the service is meant for")  # fmt: skip
     command.add_argument("--most", metavar="N", type=int, default=1000, help="recordings, drawn in proportion")
-    command.set_defaults(run=reference)
+    command.set_defaults(run=commands.reference)
 
-    command = commands.add_parser("score", help="say which recordings are real and which are fake",
-                                  description=score.__doc__)  # fmt: skip
+    command = parsers.add_parser("score", help="say which recordings are real and which are fake",
+                                  description=commands.score.__doc__)  # fmt: skip
     command.add_argument("audio", nargs="+", metavar="RECORDING", help="a recording of any format, video "
                          "included; a folder, which is searched through; or - for standard input")  # fmt: skip
     weights = command.add_mutually_exclusive_group()
@@ -470,9 +108,9 @@ def build_parser() -> Parser:
     command.add_argument("--fleet", metavar="FOLDER", type=Path, help="score on the Ray cluster of RAY_ADDRESS, or on "
                          "all cores of this machine, into FOLDER as Parquet; the same command goes on where a run was "
                          "ended. A RECORDING that ends in .txt is then a list, one name a line")  # fmt: skip
-    command.set_defaults(run=score)
+    command.set_defaults(run=commands.score)
 
-    command = commands.add_parser("evaluate", help="figures of a score file", description=evaluate.__doc__)
+    command = parsers.add_parser("evaluate", help="figures of a score file", description=commands.evaluate.__doc__)
     command.add_argument("scores", metavar="SCORES", type=Path, help="score file, any dialect")
     command.add_argument("--protocol", metavar="FILE", type=Path, required=True,
                          help="official protocol or key file, or a table with columns utterance and label")  # fmt: skip
@@ -486,9 +124,9 @@ def build_parser() -> Parser:
     command.add_argument("--n-bootstrap", metavar="N", type=int, default=1000, help="replicates; 0: no intervals")
     command.add_argument("--json", metavar="FILE", type=Path, help="write all figures, rates as fractions")
     command.add_argument("--html", metavar="FILE", type=Path, help="write one self-contained report page")
-    command.set_defaults(run=evaluate)
+    command.set_defaults(run=commands.evaluate)
 
-    command = commands.add_parser("serve", help="answer over HTTP", description=serve.__doc__)
+    command = parsers.add_parser("serve", help="answer over HTTP", description=commands.serve.__doc__)
     command.add_argument("folder", nargs="?", metavar="FOLDER", type=Path, default=Path("runs/service"),
                          help="records, waiting jobs and kept recordings; default: runs/service")  # fmt: skip
     command.add_argument("--weights", metavar="WEIGHTS", help="as for score, while no pointer in models says otherwise")
@@ -500,9 +138,9 @@ def build_parser() -> Parser:
     command.add_argument("--port", type=int, default=8000, help="default: 8000; 0 takes a free one")
     command.add_argument("--fleet", action="store_true", help="as replicas on the Ray cluster of RAY_ADDRESS, or on "
                          "all cores of this machine")  # fmt: skip
-    command.set_defaults(run=serve)
+    command.set_defaults(run=commands.serve)
 
-    command = commands.add_parser("export", help="write a model as ONNX", description=export.__doc__)
+    command = parsers.add_parser("export", help="write a model as ONNX", description=commands.export.__doc__)
     command.add_argument("out", metavar="FILE.onnx", type=Path, help="file to write")
     command.add_argument("--weights", metavar="FILE", type=Path, required=True, help="weights, as for score")
     command.add_argument("--model", metavar="NAME", help="architecture, where no JSON beside the weights says it")
@@ -511,17 +149,19 @@ def build_parser() -> Parser:
     command.add_argument("--data", metavar="FOLDER", type=Path, help="with --target: the corpus whose train "
                          "split gives the ranges of INT8, whose dev split the calibration, whose eval split the error "
                          "rate")  # fmt: skip
-    command.set_defaults(run=export)
+    command.set_defaults(run=commands.export)
 
-    command = commands.add_parser("browser", help="a page that judges in the browser", description=browser.__doc__)
+    command = parsers.add_parser(
+        "browser", help="a page that judges in the browser", description=commands.browser.__doc__
+    )
     command.add_argument("folder", metavar="FOLDER", type=Path, help="where the page goes")
     command.add_argument("--weights", metavar="WEIGHTS", default="laptop",
                          help="laptop (the default), phone, tiny, or an .onnx file with its card")  # fmt: skip
     command.add_argument("--runtime", metavar="DIR", type=Path,
                          help="an unpacked onnxruntime-web package; default: npm fetches it")  # fmt: skip
-    command.set_defaults(run=browser)
+    command.set_defaults(run=commands.browser)
 
-    command = commands.add_parser("monitor", help="report on a service", description=monitor.__doc__)
+    command = parsers.add_parser("monitor", help="report on a service", description=commands.monitor.__doc__)
     command.add_argument("--database", metavar="URL", required=True, help="of the service, such as "
                          "sqlite:///service/records.sqlite")  # fmt: skip
     command.add_argument("--models", metavar="MODELS", type=Path, required=True, help="folder that the service follows")
@@ -530,9 +170,9 @@ def build_parser() -> Parser:
     command.add_argument("--false-alarms", metavar="P", type=float, default=0.01,
                          help="probability of an alarm in a report without drift (default: 0.01)")  # fmt: skip
     command.add_argument("--notebooks", metavar="FOLDER", type=Path, help="where run.py lies")
-    command.set_defaults(run=monitor)
+    command.set_defaults(run=commands.monitor)
 
-    command = commands.add_parser("retrain", help="learn from feedback", description=retrain.__doc__)
+    command = parsers.add_parser("retrain", help="learn from feedback", description=commands.retrain.__doc__)
     command.add_argument("--feedback", metavar="URL", required=True, help="database of the service, such as "
                          "sqlite:///service/records.sqlite")  # fmt: skip
     command.add_argument("--base", metavar="RUN", type=Path, required=True,
@@ -545,11 +185,13 @@ def build_parser() -> Parser:
     command.add_argument("-p", nargs=2, metavar=("NAME", "VALUE"), action="append", default=[], dest="parameters",
                          help="set a parameter of notebooks 02 and 03, instead of as the base had it")  # fmt: skip
     command.add_argument("--notebooks", metavar="FOLDER", type=Path, help="where run.py lies")
-    command.set_defaults(run=retrain)
+    command.set_defaults(run=commands.retrain)
 
-    command = commands.add_parser("rollback", help="go back to the weights before", description=rollback.__doc__)
+    command = parsers.add_parser(
+        "rollback", help="go back to the weights before", description=commands.rollback.__doc__
+    )
     command.add_argument("--models", metavar="MODELS", type=Path, required=True, help="folder that the service follows")
-    command.set_defaults(run=rollback)
+    command.set_defaults(run=commands.rollback)
     return parser
 
 
@@ -568,7 +210,7 @@ def main(arguments: list[str] | None = None) -> int:
             return options.run(options)
     except BrokenPipeError:  # the reader, `head` for example, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return DONE
+        return commands.DONE
     except (DeepfakeUtilsError, OSError) as problem:
         print(f"deepfake_utils: {problem}", file=sys.stderr)
         return BAD_INPUT

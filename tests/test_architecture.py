@@ -26,7 +26,8 @@ FLOORS = [
     {"training", "probing", "browser"},
     {"report"},
     {"serving"},
-    {"__main__", "notebook"},
+    {"commands", "notebook"},
+    {"__main__"},
 ]
 WITHOUT_TENSORS = {"conventions", "files", "protocols", "corpora", "evaluation", "demo"}  # metrics must not need torch
 TENSOR_LIBRARIES = {"torch", "torchaudio"}
