@@ -23,7 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from deepfake_utils import find_corpora
-from deepfake_utils.__main__ import in_columns
+from deepfake_utils.commands import in_columns
 from deepfake_utils.report.tables import artefact_table
 from deepfake_utils.scoring.onnx import OnnxScorer, export_onnx
 from deepfake_utils.scoring.quantise import compact, half_weights, log_odds, quantise
