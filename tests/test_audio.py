@@ -239,7 +239,8 @@ def _shortened(suffix, keep):
 DAMAGED = {
     "empty file": (_bytes(b""), "empty"),
     "no samples": (_wav(np.zeros(0)), "no samples"),
-    "text": (_bytes(b"<html>404 not found</html>" * 50), "not audio"),
+    "text": (_bytes(b"404 not found\n" * 50), "not audio"),
+    "web page": (_bytes(b"<html>404 not found</html>" * 50), "is a web page"),
     "random bytes": (_bytes(np.random.default_rng(1).bytes(20_000)), "not audio"),
     "flac mark only": (_bytes(b"fLaC" + np.random.default_rng(2).bytes(5_000)), "not audio"),
     "not a number": (_wav(np.array([0.0, np.nan, 0.0])), "NaN"),
