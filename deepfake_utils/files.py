@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from deepfake_utils.conventions import AUDIO_SUFFIXES, DeepfakeUtilsError
+from deepfake_utils.conventions import AUDIO_SUFFIXES, ConfigError, DeepfakeUtilsError
 
 _SIGNS = {"tab": "\t", "semicolon": ";", "comma": ","}
 
@@ -185,6 +185,23 @@ def decode(content: bytes, *, names_are_bytes: bool = False) -> str:
     if b"\0" in content:
         raise UnicodeDecodeError("utf-8", content, content.index(b"\0"), 0, "binary zero")
     return content.decode("utf-8-sig", "surrogateescape" if names_are_bytes else "strict")
+
+
+@contextmanager
+def alone_in(folder: Path, busy: str) -> Iterator[None]:
+    """The folder for one process at a time, by a lock that the system lets go of when the process dies.
+
+    Raises:
+        ConfigError: another process is at work in it; `busy` says so.
+    """
+    import fcntl  # which Windows lacks
+
+    with (folder / ".lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(busy) from None
+        yield
 
 
 def stands_in(start: bytes) -> str:

@@ -159,5 +159,5 @@ def test_columns_have_one_type_whatever_is_missing(tmp_path):
 
 def test_two_runs_do_not_share_a_folder(tmp_path, recordings):
     (tmp_path / "verdicts").mkdir()
-    with fleet._alone(tmp_path), pytest.raises(ConfigError, match="another run"):
+    with fleet.alone_in(tmp_path, "taken"), pytest.raises(ConfigError, match="another run"):
         fleet.score_fleet([recordings], tmp_path)

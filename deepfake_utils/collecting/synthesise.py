@@ -97,15 +97,15 @@ def synthesise(
                 argument = spoken[rng.integers(len(spoken))]
             else:
                 original = real.iloc[int(rng.choice(len(real), p=chance / chance.sum()))]
-                argument = _crop(read_audio(folder / original["path"]), engine.copy_s, rng)
+                argument = folder / original["path"]
                 row |= {key: original[key] for key in ("speaker", "licence")}
                 clips = {"bonafide": path.with_name(f"{path.stem}-original.flac")} | clips
-                write_flac(clips["bonafide"], to_int16(argument))
-            if not path.is_file():
-                samples = _make(engine, argument, rng, files, say, name)
-                if samples is None:
+            if not all(clip.is_file() for clip in clips.values()):
+                made = _make(engine, argument, rng, files, say, name)
+                if made is None:
                     continue
-                write_flac(path, samples)
+                for clip, samples in zip(clips.values(), made, strict=True):
+                    write_flac(clip, samples)
             for label, clip in clips.items():
                 family = name if label == "spoof" else "-"
                 rows.append(row | {"path": clip.relative_to(folder).as_posix(), "label": label, "family": family})
@@ -136,15 +136,15 @@ class Engine:
         self.run, self.is_here, self.speaks, self.files, self.copy_s = run, is_here, speaks, files, copy_s
 
 
-def _crop(waveform: np.ndarray, seconds: float, rng: np.random.Generator) -> np.ndarray:
-    n = round(seconds * SAMPLE_RATE_HZ)
-    start = int(rng.integers(max(1, len(waveform) - n + 1)))
-    return waveform[start : start + n]
-
-
-def _make(engine: Engine, argument, rng: np.random.Generator, files: tuple, say, name: str) -> np.ndarray | None:
-    """int16 samples of one clip; None, said, where the engine fails on this text or clip."""
+def _make(engine: Engine, argument, rng: np.random.Generator, files: tuple, say, name: str) -> list[np.ndarray] | None:
+    """int16 samples of a clip, and before a copy those of its original; None, said, where the engine fails on it."""
+    originals = []
     try:
+        if not engine.speaks:
+            recording, n = read_audio(argument), round(engine.copy_s * SAMPLE_RATE_HZ)
+            start = int(rng.integers(max(1, len(recording) - n + 1)))
+            argument = recording[start : start + n]
+            originals.append(to_int16(argument))
         waveform, rate_hz = engine.run(argument, rng, *files)
         waveform = resample(np.asarray(waveform, dtype=np.float64), rate_hz)
     except (subprocess.SubprocessError, ValueError, RuntimeError, IndexError, OSError) as error:
@@ -153,7 +153,7 @@ def _make(engine: Engine, argument, rng: np.random.Generator, files: tuple, say,
     peak = np.abs(waveform).max(initial=0.0)
     if len(waveform) < SAMPLE_RATE_HZ // 2 or not np.isfinite(peak) or peak < 1e-3:
         return None
-    return to_int16(waveform / max(1.0, peak))
+    return [*originals, to_int16(waveform / max(1.0, peak))]
 
 
 # Text

@@ -247,15 +247,15 @@ def _refuse_other_files(path: Path) -> None:
     """Name what is plainly no weights file: nothing, a Git LFS pointer, a web page, an exported model."""
     with path.open("rb") as file:
         start = file.read(512)
+    what = stands_in(start)
     if not start:
         what = "is empty (0 bytes): copy or download it again"
-    elif what := stands_in(start):
-        pass
     elif path.suffix == ".onnx":
-        what = "is an exported model: score with it as it is (--onnx, or Detector.load), it cannot be trained on"
-    else:
-        return
-    raise CheckpointError(f"{path} {what}")
+        what = (
+            what or "is an exported model: score with it as it is (--onnx, or Detector.load), it cannot be trained on"
+        )
+    if what:
+        raise CheckpointError(f"{path} {what}")
 
 
 def _unreadable(path: Path, error: Exception) -> str:

@@ -12,14 +12,12 @@ recordings and folder under the same paths.
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import json
 import logging
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 
 import pandas as pd
@@ -29,8 +27,9 @@ import torch
 from tqdm.auto import tqdm
 
 from deepfake_utils.conventions import AudioError, CheckpointError, ConfigError, DeepfakeUtilsError
-from deepfake_utils.files import atomic_write, read_text
+from deepfake_utils.files import alone_in, atomic_write, read_text
 from deepfake_utils.scoring.detector import SHIPPED, Detector
+from deepfake_utils.scoring.published import sha256_of
 from deepfake_utils.scoring.score import list_recordings
 from deepfake_utils.scoring.verdict import ROW_COLUMNS, verdict_row
 from deepfake_utils.scoring.weights import weights_file
@@ -67,7 +66,7 @@ def score_fleet(audio: Sequence[str | os.PathLike], folder: str | os.PathLike, *
     """
     folder = Path(folder).absolute()
     (folder / "verdicts").mkdir(parents=True, exist_ok=True)
-    with _alone(folder):
+    with alone_in(folder, f"{folder}: another run is at work there: wait for it, or name another folder"):
         wish = describe(audio, options)
         inputs = _take_in(folder, wish, audio)
         missing = [
@@ -83,7 +82,7 @@ def score_fleet(audio: Sequence[str | os.PathLike], folder: str | os.PathLike, *
 def describe(audio: Sequence[str | os.PathLike], options: dict) -> dict:
     """What makes a run what it is: a run of anything else needs another folder."""
     weights = weights_file(SHIPPED if options.get("weights") is None else options["weights"])
-    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    digest = sha256_of(weights.read_bytes())
     asked = {name: value for name, value in options.items() if name not in ("weights", "device")}
     return {"audio": [os.path.abspath(name) for name in audio], "weights_sha256": digest, **asked}
 
@@ -109,16 +108,6 @@ def listed(audio: Sequence[str | os.PathLike]) -> list[str]:
 def part_file(folder: Path, part: int) -> Path:
     """Where the verdicts of a part are, once they are known."""
     return folder / "verdicts" / f"part-{part:06d}.parquet"
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    with (folder / ".lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it when the process dies
-        except BlockingIOError:
-            raise ConfigError(f"{folder}: another run is at work there: wait for it, or name another folder") from None
-        yield
 
 
 def _take_in(folder: Path, wish: dict, audio: Sequence) -> pd.DataFrame:

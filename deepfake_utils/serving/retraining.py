@@ -13,7 +13,6 @@ A step whose file is there is not done again, so a retraining that died goes on 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import tomllib
@@ -30,6 +29,7 @@ from deepfake_utils.corpora.trials import fingerprint
 from deepfake_utils.evaluation.calibration import fit_calibration
 from deepfake_utils.files import atomic_write
 from deepfake_utils.scoring.detector import Detector
+from deepfake_utils.scoring.published import sha256_of
 from deepfake_utils.scoring.score import score_protocol
 from deepfake_utils.scoring.weights import load_model, read_companion
 from deepfake_utils.serving import drift
@@ -281,7 +281,7 @@ class Retraining:
 
     def _with_calibration(self, trained: Path, prefix: str) -> Path:
         """A copy of trained weights as a version, with a calibration from dev and a reference for drift."""
-        name = f"{prefix}-{hashlib.sha256(trained.read_bytes()).hexdigest()[:8]}"
+        name = f"{prefix}-{sha256_of(trained.read_bytes())[:8]}"
         target = self._versions.folder / name / "weights.safetensors"
         facts = read_companion(trained)
         if "calibration" not in facts:

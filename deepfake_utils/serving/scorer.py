@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import logging
 import threading
@@ -18,6 +17,7 @@ import numpy as np
 from deepfake_utils.conventions import SAMPLE_RATE_HZ, CheckpointError, DeepfakeUtilsError
 from deepfake_utils.probing.shortcuts import bandwidth_hz, decibels, mean_spectrum
 from deepfake_utils.scoring.detector import SHIPPED, Detector, Judged, Verdict
+from deepfake_utils.scoring.published import sha256_of
 from deepfake_utils.scoring.weights import weights_file
 from deepfake_utils.serving.limits import Limits, Places, Problem
 from deepfake_utils.serving.versions import POINTER
@@ -199,7 +199,7 @@ class Scorer:
         if self._seen is None:
             detector = self._load_detector(self._weights, **self._options)
             file = weights_file(SHIPPED if self._weights is None else self._weights)
-            return InService(detector, f"{file.stem}-{hashlib.sha256(file.read_bytes()).hexdigest()[:8]}")
+            return InService(detector, f"{file.stem}-{sha256_of(file.read_bytes())[:8]}")
         try:
             pointer = json.loads(self._pointer.read_text(encoding="utf-8"))
             weights, version = pointer["weights"], str(pointer["version"])

@@ -10,7 +10,6 @@ decision behind; whoever opens the folder next lets it catch up.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -18,11 +17,11 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
-from deepfake_utils.conventions import CheckpointError, ConfigError
-from deepfake_utils.files import atomic_write
+from deepfake_utils.conventions import CheckpointError
+from deepfake_utils.files import alone_in, atomic_write
 from deepfake_utils.scoring.detector import SHIPPED
 
-LOG, POINTER, LOCK = "decisions.jsonl", "current.json", ".lock"
+LOG, POINTER = "decisions.jsonl", "current.json"
 TAKES_OVER, TAKES_BACK = ("installed", "promoted"), "rolled back"  # the events that move the pointer
 
 
@@ -44,11 +43,7 @@ class Versions:
         Raises:
             ConfigError: another process is at work in it.
         """
-        with (self.folder / LOCK).open("a") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it when the process dies
-            except BlockingIOError:
-                raise ConfigError(f"{self.folder} is in use by another retraining or rollback: wait for it") from None
+        with alone_in(self.folder, f"{self.folder} is in use by another retraining or rollback: wait for it"):
             self._settle()
             yield self
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from deepfake_utils.conventions import BONAFIDE, SPOOF, ConfigError
 from deepfake_utils.models.losses import distillation_loss
+from deepfake_utils.scoring.published import sha256_of
 from deepfake_utils.scoring.weights import ScoredByLoss, load_model, weights_file
 from deepfake_utils.training.config import TrainingConfig
 
@@ -21,7 +21,7 @@ def fingerprint_of_teachers(weights: Iterable[str]) -> str:
     Raises:
         CheckpointError: a file is not there.
     """
-    return ",".join(hashlib.sha256(weights_file(name).read_bytes()).hexdigest()[:12] for name in weights)
+    return ",".join(sha256_of(weights_file(name).read_bytes())[:12] for name in weights)
 
 
 class Teachers:
