@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -47,6 +48,14 @@ def recordings(tmp_path_factory) -> Path:
     (folder / "no-audio.wav").write_text("<html>")
     (folder / "cut-off.flac").write_bytes((folder / "0-0.flac").read_bytes()[:40])
     return folder
+
+
+def test_a_cluster_that_does_not_answer_is_named_at_once(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        address = f"127.0.0.1:{closed.getsockname()[1]}"
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(fleet.FleetError, match=f"RAY_ADDRESS={address} .*refused"):
+        fleet.connect()
 
 
 class Driver:

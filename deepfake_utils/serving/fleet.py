@@ -15,6 +15,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
+import socket
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -132,11 +134,29 @@ def _take_in(folder: Path, wish: dict, audio: Sequence) -> pd.DataFrame:
 
 
 def connect() -> None:
-    """Join the cluster of RAY_ADDRESS, else the one that runs on this machine, else make one of its cores."""
+    """Join the cluster of RAY_ADDRESS, else the one that runs on this machine, else make one of its cores.
+
+    Raises:
+        FleetError: there is no such cluster, or none can be started.
+    """
     if not ray.is_initialized():
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is told to anybody
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # it has advice on how Ray itself calls it
-        ray.init(logging_level=logging.ERROR, log_to_driver=False)
+        address = os.environ.get("RAY_ADDRESS", "")
+        if re.fullmatch(r"[\w.\-]+:\d+", address):  # Ray itself asks a dead address again and again for minutes
+            host, _, port = address.rpartition(":")
+            try:
+                socket.create_connection((host, int(port)), timeout=10).close()
+            except OSError as error:
+                advice = "name the head's address, or unset RAY_ADDRESS for one on this machine"
+                raise FleetError(f"no Ray cluster answers at RAY_ADDRESS={address} ({error}): {advice}") from error
+        try:
+            ray.init(logging_level=logging.ERROR, log_to_driver=False)
+        except Exception as error:  # Ray has no narrower class for a node that does not come up
+            said = str(error).splitlines()[0][:200]
+            raise FleetError(
+                f"Ray did not start on this machine ({said}): is it busy? The same command tries again"
+            ) from error
 
 
 def _look_at(missing: list[dict], folder: Path, wish: dict, options: dict) -> None:

@@ -6,7 +6,7 @@
 Each service runs in a process of its own on this machine; clients in this one ask one request after the other, 1, 8
 and 64 of them, for some seconds. All share the machine's cores. Where more clients wait than are answered in time, the
 latencies are of those that were, which flatters the slower service. Scores of the two services are compared first, and
-afterwards every verdict answered must be in the records.
+afterwards every verdict answered must be in the records. `--fleet` adds the same service as replicas on Ray Serve.
 """
 
 from __future__ import annotations
@@ -71,18 +71,22 @@ def main() -> None:
     parser.add_argument("--reference", type=Path, help="checkout of github.com/clovaai/aasist")
     parser.add_argument("--clients", nargs="+", type=int, default=[1, 8, 64])
     parser.add_argument("--seconds", type=float, default=8.0, help="for each number of clients")
+    parser.add_argument("--fleet", action="store_true", help="the shipped weights on Ray Serve, too")
     options = parser.parse_args()
     requests = [request_of(samples) for samples in recordings(4)]
     services = {"ours, shipped weights": None}
     if options.reference:
         naive = ["-c", NAIVE, str(options.reference.resolve())]
         services = {"naive, reference AASIST": naive, "ours, AASIST": "aasist", **services}
+    if options.fleet:
+        services["ours, on Ray Serve"] = "fleet"
     known, speed = {}, {}
     print(*(f"{name:{how}}" for name, how in COLUMNS.items()), sep="")
     for name, what in services.items():
         with tempfile.TemporaryDirectory() as folder:
             weights = options.reference.resolve() / "models/weights/AASIST.pth" if what == "aasist" else None
             ours = ["-c", OURS, "serve", folder, "--port", "0", *(["--weights", str(weights)] if weights else [])]
+            ours += ["--fleet"] if what == "fleet" else []
             process = subprocess.Popen(
                 [sys.executable, *(what if isinstance(what, list) else ours)], cwd=ROOT, stdout=subprocess.PIPE
             )
@@ -97,12 +101,12 @@ def main() -> None:
                     speed[name, n_clients] = describe(name, n_clients, answers, options.seconds, ids,
                                                       folder if is_ours else None)  # fmt: skip
             finally:
-                process.kill()
+                process.terminate()  # a fleet takes its replicas with it
                 process.wait()
     if options.reference:
         difference = np.abs(np.subtract(known["naive, reference AASIST"], known["ours, AASIST"])).max()
         print(f"scores of AASIST differ by at most {difference:.2g}")
-        for name in ("ours, AASIST", "ours, shipped weights"):
+        for name in [name for name, what in services.items() if not isinstance(what, list)]:
             naive_per_s = {n: speed["naive, reference AASIST", n] for n in options.clients}
             ratios = [f"{speed[name, n] / per_s:.1f}" if per_s else "-" for n, per_s in naive_per_s.items()]
             print(f"{name}: {', '.join(ratios)} times as many requests a second as the naive service")
