@@ -232,6 +232,12 @@ def test_every_output_holds_every_recording(weights, reference_data, tmp_path, r
     assert {path.name for path in tmp_path.iterdir()} == {"in", "out.out.json", *(p.name for p in targets.values())}
 
 
+def test_json_on_standard_output_is_one_array(corpus, weights, tmp_path):
+    (tmp_path / "broken.wav").write_bytes(b"RIFF, but no wave")
+    done = run("score", corpus, tmp_path, "--weights", weights, "--first-window", "--json", "-")
+    assert [row["verdict"] == "unreadable" for row in json.loads(done.stdout)] == [False, False, False, True]
+
+
 def test_a_recording_is_drawn_over_time(weights, reference_data, tmp_path, run_here):
     path = next((reference_data / "open_speech/bonafide/ljspeech").glob("*.flac"))
     done = run_here("score", path, "--pictures", tmp_path / "pictures")

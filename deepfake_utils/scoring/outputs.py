@@ -37,7 +37,7 @@ class GrowingFile:
 
     Args:
         path: the target, or "-" for standard output.
-        head, tail: what it begins and ends with; the tail is there after every piece.
+        head, tail: what it begins and ends with; the tail is there after every piece, on a device at the end.
         n_pieces: how many are expected, to check the space for them.
 
     Raises:
@@ -49,7 +49,8 @@ class GrowingFile:
         self._part: Path | None = None
         try:
             self._file = self._open()
-            self._end = self._write(head.encode() + self._tail) - len(self._tail)
+            begun = head.encode() + (self._tail if self._part else b"")  # a pipe cannot be rewound
+            self._end = self._write(begun) - len(self._tail)
             free = shutil.disk_usage(self._part.parent).free if self._part else None
         except OSError as error:
             self._discard()
