@@ -145,7 +145,7 @@ def play(waveforms: Mapping[str, np.ndarray]) -> None:
 def say(*texts: str) -> None:
     """Print sentences a line each, broken between words: what shows a notebook breaks long lines anywhere."""
     for text in texts:
-        print(textwrap.fill(text, 105, subsequent_indent="    "))
+        print(textwrap.fill(text, 110, subsequent_indent="    "))
 
 
 def tabulate(table: pd.DataFrame) -> None:

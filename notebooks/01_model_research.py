@@ -22,7 +22,7 @@
 # what they cost, and in how far their published errors can be trusted.
 #
 # **What you'll do**: correct the figures everybody quotes, look through the eyes of each model, measure what each costs
-# on *this* machine, and give all of them the same few seconds of training on the corpus you attached.
+# on *this* machine, and give all of them the same short training on the corpus you attached.
 #
 # **What you'll learn**: which model fits your machine and your patience, and why one error rate without an interval
 # decides nothing.
@@ -59,9 +59,15 @@ clip_s: float = 1.0  # length of a training and of an evaluated clip in the comp
 aasist_weights: str = ""  # weights of an AASIST, such as AASIST.pth, for the picture of its attention
 
 # %% [markdown]
-# ## What is published, and what is misquoted
+# ## Which numbers are published, and which are misquoted?
 #
-# Equal error rate (EER) on the evaluation part of ASVspoof 2019 LA, for systems trained on its training part:
+# **Bona fide** is recorded human speech (real), **spoof** is speech made or altered by a machine (fake). A detector
+# makes two kinds of error. **Real rejected**: a bona fide recording is called spoofed (the field's *miss*). **Fake
+# accepted**: a spoof is called bona fide (its *false alarm*). The threshold trades one for the other, and the **equal
+# error rate** (EER) is the error where both rates are the same; a coin has 50 %. **min t-DCF** is what the detector
+# costs in front of a speaker verification system; 1 is useless.
+#
+# On the evaluation part of ASVspoof 2019 LA, for systems trained on its training part:
 #
 # | system | parameters | EER % | min t-DCF | source |
 # |---|---|---|---|---|
@@ -75,21 +81,23 @@ aasist_weights: str = ""  # weights of an AASIST, such as AASIST.pth, for the pi
 # Read it with four corrections in hand:
 #
 # 1. **AASIST's 0.83 % is the best checkpoint, and *best* was judged on the evaluation set.** The published script keeps
-#    the epoch with the lowest eval t-DCF. People who retrain it report 1.3 (chosen on eval, too) to 3.2 %
-#    (clovaai/aasist, issues 5 and 7; issflab/spoof_SUPERB); that is what to expect, and what to compare with.
+#    the epoch with the lowest eval t-DCF; the paper's own mean over several runs is 1.13 %. People who retrain it
+#    report 1.3 (chosen on eval, too) to 3.2 % (clovaai/aasist, issues 5 and 7; issflab/spoof_SUPERB); that is what to
+#    expect, and what to compare with.
 # 2. **RawNet2's 1.12 % is not RawNet2's.** It is its fusion with an LFCC-GMM. Alone it is reported at 4.3 to 5.1 %; a
 #    retrain had 4.30 % (asvspoof-challenge/2021, issue 4).
-# 3. **A single number hides the seed.** Six seeds of the *same* LFCC-LCNN gave 1.92, 2.09, 2.43, 2.50, 2.62 and 3.10 %.
-#    Most differences in the table are smaller than that.
-# 4. **None of it carries over to other recordings.** The published AASIST has 12.4 % on ASVspoof 2021 LA, 17.0 % on
-#    2021 DF and **43.0 % on In-the-Wild**, where a coin has 50 (Speech Anti-Spoofing Arena, model card of AASIST; for
+# 3. **A single number hides the seed.** Six seeds of the *same* LFCC-LCNN-LSTM gave 1.92, 2.09, 2.43, 2.50, 2.62 and
+#    3.10 %, a span of 1.18 points; from the first row of the table to the third it is 0.23.
+# 4. **None of it carries over to other recordings.** The published AASIST has 12.35 % on ASVspoof 2021 LA, 17.04 % on
+#    2021 DF and **43.01 % on In-the-Wild** (Speech Anti-Spoofing Arena, model card of AASIST; for
 #    2021 on all trials, where papers take the phase `eval`). And in this corpus the length of the leading silence
 #    alone reaches 15.1 % (arXiv 2106.12914): some of every low figure may be silence.
 
 # %% [markdown]
-# ## The corpus
+# ## Which recordings are compared on?
 #
-# **Bona fide** is recorded human speech (real), **spoof** is speech made or altered by a machine (fake).
+# A trial is one recording with its label. Models learn from the split `train` and are compared on `eval`. The two clips
+# are the first bona fide and the first spoofed one of `dev`.
 
 # %%
 from deepfake_utils.corpora import divide
@@ -108,7 +116,7 @@ show(plots.clips(examples), "clips")
 play(examples)
 
 # %% [markdown]
-# ## What each model sees
+# ## What does each model see?
 #
 # **AASIST and RawNet2 hear the waveform through a bank of band-pass filters**, each an ideal filter (the difference of
 # two sinc functions) cut to a finite length by a Hamming window. AASIST has 70 of them, 129 samples long; RawNet2 here
@@ -140,9 +148,9 @@ pictures = {title: front_end(torch.from_numpy(waveform)[None])[0].numpy() for ti
 show(plots.cepstra(pictures), "lfcc")
 
 # %% [markdown]
-# ## What each model costs
+# ## What does each model cost?
 #
-# For one clip of 4.04 s, 64,600 samples, the length of the published recipes. *Multiply-adds* are counted while the
+# For one clip of 4.04 s (64,600 samples), the length of the published recipes. *Multiply-adds* are counted while the
 # model runs (what the Fourier transforms do is not in them). *Activations* are what training keeps for the backward
 # pass, so they decide the batch size; weights, gradients and Adam's state take 16 bytes a parameter besides. Times are
 # for one clip out of a small batch on a CPU, a batch of 24 on a GPU, in float32, measured here and now.
@@ -205,7 +213,7 @@ names = [name.strip() for name in models.split(",")]
 bar = tqdm(names, desc="costs", unit="model", leave=False)
 costs = pd.DataFrame({name: cost_of(name) for name in bar}).T
 tabulate(pd.DataFrame({
-    "one clip of 4.04 s": names,
+    "model": names,
     "parameters": costs["parameters"].map("{:,.0f}".format),
     "multiply-adds (billion)": (costs["multiply_adds"] / 1e9).map("{:.2f}".format),
     "activations (MiB)": (costs["activation_bytes"] / 2**20).map("{:.0f}".format),
@@ -219,13 +227,13 @@ tabulate(pd.DataFrame({
 # steps. LCNN is cheap because its front end keeps one number in eight (and their differences). By name there are
 # also `aasist-xl`, wider and four times as costly, and `aasist-transformer`; add them to `models`.
 #
-# ## The same few seconds of training for each
+# ## What does the same short training give?
 #
-# Every model now trains for the same time on this machine, with the same recipe and from the same trials, and is scored
-# on the same drawn part of `eval`. That is one fair question among several: *what do I get for my minutes?* It favours
-# cheap models when minutes are few, and says nothing about the ranking after a full recipe. With the default of a few
-# seconds **most models have learned nothing yet**, which the intervals show: they include 50 %. Raise `train_s` to
-# make the comparison worth anything.
+# Every model now sees as many clips as it can train on in `train_s` seconds on this machine, 16 at least, with the same
+# recipe and from the same trials, and is scored on the same drawn part of `eval`. That is one fair question among
+# several: *what do I get for my minutes?* It favours cheap models when minutes are few, and says nothing about the
+# ranking after a full recipe. With the default of one second **most models have learned nothing yet**: an interval that
+# includes 50 % is no better than a coin. Raise `train_s` to make the comparison worth anything.
 
 # %%
 import tempfile
@@ -251,7 +259,7 @@ def train_briefly(name):
 trained, seen = {}, {}
 for name in tqdm(names, desc="training", unit="model", leave=False):
     trained[name], seen[name] = train_briefly(name)
-print(f"{len(names)} models trained for about {train_s:g} s each, on 16 clips at least")
+print(f"{len(names)} models trained on {min(seen.values())} to {max(seen.values())} clips of {clip_s:g} s each")
 
 # %%
 import warnings
@@ -276,10 +284,11 @@ eer = pd.Series({name: metrics[name]["eer"] for name in names})
 low, high = (pd.Series({name: metrics[name]["eer_ci"][side] for name in names}) for side in (0, 1))
 comparison = costs.assign(eer=eer, low=low, high=high)
 tabulate(pd.DataFrame({
-    f"{corpus.name}, {len(trials)} eval trials": names,
-    f"EER % here, {train_s:g} s of training": (100 * eer).map("{:.1f}".format),
+    "model": names,
+    f"EER % on {len(trials)} eval trials": (100 * eer).map("{:.1f}".format),
     "95 % interval": [f"{100 * a:.1f} to {100 * b:.1f}" for a, b in zip(low, high, strict=True)],
     "clips seen": pd.Series(seen),
+    "training (s)": (pd.Series(seen) * costs["train_s"] * clip_s * SAMPLE_RATE_HZ / CROP_SAMPLES).map("{:.1f}".format),
     "EER % published, full recipe": [published.get(name, "-") for name in names],
 }))
 
@@ -288,12 +297,12 @@ show(plots.model_comparison(comparison), "comparison")
 
 # %% [markdown]
 # The intervals resample *speakers* where they are known, because two clips of one speaker are not two independent
-# witnesses. Where two intervals overlap this much, the order of the points is not a result.
+# witnesses. Where two intervals overlap, the order of the points is not a result.
 #
-# ## What training changes: filters that move
+# ## What does training change in a filter bank?
 #
 # RawNet2's bank can also be learned: each filter then has a lower cut-off and a width that training moves. Cut-offs
-# move slowly, by up to a hertz a step here, so after a short training the bank still looks as it did; the second
+# move slowly, by at most a hertz a step here, so after a short training the bank still looks as it did; the second
 # picture shows by how much each cut-off has moved. The RawNet2 paper keeps its filters fixed, to have less to overfit.
 
 # %%
@@ -304,11 +313,12 @@ if "rawnet2-learnable" in names:
     show(plots.cutoff_moves(before_hz.numpy(), after_hz.numpy()), "learned_cutoffs")
 
 # %% [markdown]
-# ## Where AASIST looks
+# ## Where does AASIST look?
 #
 # AASIST turns a clip into two graphs: one node for each of 29 spans of time (0.14 s each) and one for each of 23 bands.
 # Every node attends to every other by a learned affinity, and *graph pooling* then keeps the better part of the nodes.
 # The matrix shows one clip's temporal attention, the curve how much each span receives, the triangles what is kept.
+# A clip shorter than 4.04 s is repeated up to that length, as models hear it.
 #
 # A barely trained model shows the mechanism only, so give `aasist_weights` the published `AASIST.pth` if you have it,
 # and look at the first span. In 50 bona fide development recordings of ASVspoof 2019 LA it receives 13 times an even
@@ -340,7 +350,7 @@ for title, waveform in examples.items():
 # - **To reach the lowest published error, with a GPU and hours**: AASIST. Train three seeds, expect 1.3 to 3.2 % on
 #   ASVspoof 2019 LA; or AASIST-L, for two thirds of the operations at about the same error.
 # - **To learn something today on a CPU**: LFCC-LCNN-LSTM. It costs a thirtieth of AASIST's operations, and
-#   its published error lies within a percent or two of AASIST's. The best first model, and the best baseline.
+#   its published error is 1.1 to 2.3 points above AASIST's. The best first model, and the best baseline.
 # - **For the loss rather than the network**: LFCC-ResNet18 with one-class softmax, which gathers bona fide speech
 #   instead of learning the attacks of the day (`loss="oc_softmax"` in notebook 02).
 # - **For a second opinion**: RawNet2, quick for its size. Alone it has 4.3 to 5.1 %, fused with an LFCC-GMM 1.12 %, so

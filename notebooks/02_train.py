@@ -17,8 +17,8 @@
 # %% [markdown]
 # # Train a countermeasure on the machine you were given
 #
-# A *countermeasure* tells recorded human speech (**bona fide**) from speech made or altered by a machine (**spoof**).
-# This notebook trains one from raw waveforms and reports an error you can repeat to others.
+# A *countermeasure* tells recorded human speech (**bona fide**, real) from speech made or altered by a machine
+# (**spoof**, fake). This notebook trains one from raw waveforms and reports an error you can repeat to others.
 #
 # **What you'll do**: look at the corpus, choose a recipe that fits the time you have, train with every automatic choice
 # printed, and score the evaluation split once, at the end.
@@ -62,10 +62,14 @@ time_budget_s: float = 39600.0  # after it training stops ("auto": earlier, in t
 resume_from: str = ""  # folder 02_train of an earlier run to go on with, where that is not in run_dir
 
 # %% [markdown]
-# ## The corpus
+# ## What is there to learn from?
 #
 # Corpora are recognised by their protocol files, not by their path, so the same cell works on Kaggle and at home.
 # A trial is one recording with its label; `train` teaches, `dev` selects, `eval` is looked at once.
+#
+# A detector makes two kinds of error. **Real rejected**: a bona fide recording is called spoofed (the field's *miss*).
+# **Fake accepted**: a spoof is called bona fide (its *false alarm*). The threshold trades one for the other, and the
+# **equal error rate** (EER) is the error at the threshold where both rates are the same. A coin has 50 %.
 
 # %%
 import pandas as pd
@@ -83,7 +87,7 @@ show(plots.corpus_overview(pd.concat([train, dev, evaluation])), "corpus")
 
 # %% [markdown]
 # Attacks that appear in `eval` only are the point: a detector that knows the vocoders it was trained on has learned
-# vocoders, not speech. Here is one clip of each class. Listen first, then look at the harmonics between 2 and 8 kHz.
+# vocoders, not speech. Here is one clip of each class. Listen first, then look at the harmonics above 2 kHz.
 
 # %%
 examples = one_of_each(dev)
@@ -91,7 +95,7 @@ show(plots.clips(examples), "clips")
 play(examples)
 
 # %% [markdown]
-# ## The recipe, and whether it fits
+# ## Which recipe fits the time there is?
 #
 # The published recipe trains AASIST on 4.04 s crops for 100 epochs: batches of 24, Adam from 1e-4 down a cosine to
 # 5e-6, cross-entropy with weights 0.1 (spoof) and 0.9 (bona fide). On an RTX 4080 that took 14 hours with the
@@ -102,6 +106,7 @@ play(examples)
 from deepfake_utils.conventions import SAMPLE_RATE_HZ, ConfigError
 from deepfake_utils.corpora.division import proportional_subset
 from deepfake_utils.machine import pick_device
+from deepfake_utils.report.tables import settings_table
 from deepfake_utils.training.config import RECIPES
 from deepfake_utils.training.plan import Plan, plan_run
 
@@ -123,20 +128,16 @@ config = plan.config.replace(**{name: value for name, value in chosen.items() if
 draws = ((train, plan.n_train), (dev, plan.n_dev), (evaluation, plan.n_eval))  # all trials, where the plan takes all
 train, dev, evaluation = (proportional_subset(protocol, n, seed) for protocol, n in draws)
 print(f"{len(train)} train, {len(dev)} dev and {len(evaluation)} eval trials")
-published = RECIPES["paper"].to_dict()
-tabulate(pd.DataFrame([
-    {"setting": name, "here": f"{value:g}" if isinstance(value, float) else str(value),
-     "published recipe": str(published[name])}
-    for name, value in config.to_dict().items() if value != published[name]
-]))
+tabulate(settings_table(config.to_dict(), RECIPES["paper"].to_dict()))
 
 # %% [markdown]
-# ## What the model hears: augmentation
+# ## What does augmentation do to a clip?
 #
 # A corpus recorded in one way teaches that way of recording. Each effect below is *drawn* (how much noise, which room)
 # and then *applied*, on the batch and on the device; a recipe is a list of effects with their probabilities. Here is
-# what each does to the bona fide clip above. The waveform a detector must not care about should still sound like the
-# same person saying the same thing.
+# what each does to the bona fide clip above, with its strength fixed; colours run from 0 to 80 dB below each picture's
+# maximum. Whatever is done, it should still sound like the same person saying the same thing. The length stays: a clip
+# slowed to 0.8 loses its end, and what a shift moves out at the end comes in at the start.
 
 # %%
 import torch
@@ -144,7 +145,7 @@ import torch
 from deepfake_utils import augment
 
 clip = torch.from_numpy(next(iter(examples.values())))[None]
-drawn = {  # with the strength fixed, so that each example shows its effect
+drawn = {
     "noise, 10 dB": ("noise", {"snr_db": (10.0, 10.0)}),
     "reverb, 0.8 s": ("reverb", {"rt60_s": (0.8, 0.8), "direct_to_reverberant_db": (0.0, 0.0)}),
     "lowpass, 3 kHz": ("lowpass", {"cutoff_hz": (3000.0, 3000.0)}),
@@ -166,26 +167,22 @@ tabulate(pd.DataFrame([
 ]))
 
 # %% [markdown]
-# Does it help? Where the two classes were recorded in different ways, numbers that need no listening (level, silence,
-# bandwidth, ...) tell the label. In training recordings of speech in the open they do so with an EER of 21.2 %,
-# together; with labels balanced within sources 39.0 %; with the recipe `open` besides 44.4 %, where a coin has 50
+# **Does it help?** Where the two classes were recorded in different ways, numbers that need no listening (level,
+# silence, bandwidth, ...) tell the label. In training recordings of speech in the open they do so with an EER of
+# 21.2 %, together; with labels balanced within sources 39.0 %; with the recipe `open` besides 44.4 %
 # (`notebooks/MEASURED.md`). RawBoost took RawNet2 from 9.50 to 5.31 % on ASVspoof 2021 LA (arXiv 2111.04433). A recipe
 # for one kind of recording can also cost error on another, and a short training may not have learned the clean clips
 # yet, so measure on your corpus, with seeds: `python tests/benchmarks/augmentation.py --data FOLDER` trains with every
 # recipe three times, and prints mean and spread on attacks seen and unseen.
 
 # %% [markdown]
-# ## Train
+# ## Does it learn?
 #
 # One loop, in `deepfake_utils/training/loop.py`, short enough to read. Each epoch ends with the error on `dev`; the
 # weights with the lowest one are kept. The checkpoint holds optimiser, averages and random state, so a run that was
 # stopped goes on exactly where it was: run the cell again. On Kaggle every session starts in an empty folder, and what
 # an earlier one saved can only be read: attach its output and give its `02_train` folder as `resume_from`, with the
 # parameters as they were and `preset` "paper" or "short" ("auto" measures anew and may plan another run).
-#
-# A detector makes two kinds of error. **Real rejected**: a bona fide recording is called spoofed (the field's *miss*).
-# **Fake accepted**: a spoof is called bona fide (its *false alarm*). The threshold trades one for the other, and the
-# **equal error rate** (EER) is the error at the threshold where both rates are the same. A coin has 50 %.
 
 # %%
 from deepfake_utils import fit
@@ -218,11 +215,15 @@ tabulate(pd.DataFrame({
 }))
 
 # %% [markdown]
-# ## Look at `eval` once
+# ## How good is it on what it has never heard?
 #
-# Nothing above has seen these trials, neither for training nor for choosing the epoch. (The reference training script
-# picks its best checkpoint by the *eval* error; figures made that way are lower, and not a forecast of anything.)
-# Training may score `dev` on shorter clips to save time, so here both are scored on the first 4.04 s of each clip.
+# Nothing above has seen the trials of `eval`, neither for training nor for choosing the epoch. (The reference training
+# script picks its best checkpoint by the *eval* error; figures made that way are lower, and not a forecast of
+# anything.) Training may score `dev` on shorter clips to save time, so here both are scored anew, on the first 4.04 s
+# of each clip; the last row is what training saw.
+#
+# *min t-DCF* is what the detector costs in front of a speaker verification system (1 is useless), *AUC* the chance that
+# a bona fide clip scores higher than a spoof.
 
 # %%
 from deepfake_utils import evaluate, score_protocol
@@ -246,21 +247,27 @@ dev_eer, bounds = compute_eer(*scored["dev"]).eer, metrics["eer_ci"]
 interval = f" [{100 * bounds[0]:.2f}, {100 * bounds[1]:.2f}]" if bounds else ""
 tandem = f"{metrics['min_tdcf']:.4f}" if metrics["min_tdcf"] is not None else "no ASV scores"
 n_real, n_fake = (int((dev["label"] == label).sum()) for label in (BONAFIDE, SPOOF))
+seconds = result.config.eval_samples / SAMPLE_RATE_HZ
 display(
     Markdown(f"""| | dev (selected on) | eval |
 |---|---|---|
-| EER [95 % interval] | {100 * dev_eer:.2f} % | **{100 * metrics["eer"]:.2f} %**{interval} |
+| EER [eval: 95 % interval] | {100 * dev_eer:.2f} % | **{100 * metrics["eer"]:.2f} %**{interval} |
 | min t-DCF (2019) | - | {tandem} |
 | AUC | {auc(*scored["dev"]):.4f} | {metrics["auc"]:.4f} |
-| trials, bona fide + spoof | {n_real} + {n_fake} | {metrics["n_bonafide"]} + {metrics["n_spoof"]} |""")
+| trials, bona fide + spoof | {n_real} + {n_fake} | {metrics["n_bonafide"]} + {metrics["n_spoof"]} |
+| speakers | - | {metrics["n_speakers"] or "unknown"} |
+| EER in training, on {seconds:.2f} s of each clip | {100 * result.best_dev_eer:.2f} % | - |""")
 )
 
 # %% [markdown]
-# The distance between the two columns is the **generalisation gap**. Development attacks are the training attacks, so
-# the dev error answers "does it recognise what it was shown"; only eval asks about anything new.
+# The distance between the two columns is the **generalisation gap**. Where the attacks of `dev` are those of training,
+# its error answers "does it recognise what it was shown"; only `eval` asks about anything new. The curve below has both
+# errors at every threshold, the dots are the EER.
 
 # %%
-show(plots.score_histogram(*scored["eval"], threshold=metrics["eer_threshold"], title="eval scores"), "histogram")
+say(f"From dev to eval the EER changes by {100 * (metrics['eer'] - dev_eer):+.2f} points.")
+show(plots.score_histogram(*scored["eval"], threshold=metrics["eer_threshold"], title="eval, threshold of its EER"),
+     "histogram")
 show(plots.det_curves(scored), "det")
 
 # %%
@@ -269,7 +276,9 @@ from deepfake_utils.report.tables import attack_rows
 show(plots.attack_bars(attack_rows(metrics), overall=metrics["eer"], seen=sorted(set(train["attack"]))), "attacks")
 
 # %% [markdown]
-# **What to report**: the eval EER with its interval, the number of speakers behind it, the recipe, and the mean and
+# ## What to report?
+#
+# The eval EER with its interval, the number of speakers behind it, the recipe, and the mean and
 # spread over several seeds: six seeds of one published system span 1.92 to 3.10 %. Notebook 03
 # takes the scores written here and asks where and why the errors happen.
 

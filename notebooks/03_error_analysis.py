@@ -65,7 +65,7 @@ n_hardest: int = 2  # clips of each kind of error to look at
 n_bootstrap: int = 1000  # bootstrap replicates of each interval
 
 # %% [markdown]
-# ## What is analysed
+# ## What is questioned?
 #
 # Each trial is one recording. **Bona fide** is recorded human speech (real), **spoof** is speech made or altered by a
 # machine (fake); a high score says bona fide. Two errors are possible, and this notebook calls them by these names
@@ -73,7 +73,7 @@ n_bootstrap: int = 1000  # bootstrap replicates of each interval
 # spoof is called bona fide; the field says *false alarm*).
 
 # %%
-from deepfake_utils.notebook import Results, demo_notice, open_corpus, scored_splits, tabulate
+from deepfake_utils.notebook import Results, demo_notice, open_corpus, say, scored_splits, tabulate
 
 results = Results(run_dir, "03_error_analysis")
 show = results.show  # keeps the picture beside the results, too
@@ -128,14 +128,14 @@ result = evaluate(
 )
 tabulate(tables.headline_table(result))
 unit, n_speakers = result["bootstrap_unit"], result["n_speakers"] or "unknown"
-print(f"{result['n_bonafide']:,} bona fide and {result['n_spoof']:,} spoofed trials, {n_speakers} speakers; "
-      f"intervals: 95 %, resampled by {unit}. Not one error among so many bona fide trials would still allow a "
-      f"true rate of {min(100, 300 / result['n_bonafide']):.1f} %.")
+say(f"{result['n_bonafide']:,} bona fide and {result['n_spoof']:,} spoofed trials, {n_speakers} speakers; intervals "
+    f"resampled by {unit}. Not one error among so many bona fide trials would still allow a true rate of "
+    f"{min(100, 300 / result['n_bonafide']):.1f} %. The threshold of dev, for accuracy: {threshold:.4g}.")
 if result["eer"] > 0.4:
     print("This detector is hardly better than a coin: read what follows as a tour of the questions, not of answers.")
 
 # %% [markdown]
-# ## Scores, and what they are worth as probabilities
+# ## What are the scores worth as probabilities?
 #
 # A raw score orders recordings; it does not say how probable anything is. **Calibration** learns on dev a straight
 # line from the score to the log-likelihood ratio (LLR): 0 says nothing, +2.3 says ten times likelier if the speech
@@ -155,7 +155,8 @@ show(plots.score_panels({
 
 # %% [markdown]
 # If both thresholds on the left lie together, dev told where eval would be. If they lie apart, whoever fixed the
-# threshold on dev gets another error rate than the EER: the DET curve below shows where they end up.
+# threshold on dev gets another error rate than the EER: the detection error trade-off (DET) curve below has all
+# thresholds on it, the EER as a dot, and the cross is where they end up.
 
 # %%
 systems = {"dev": (dev["score"].to_numpy(), dev["label"].to_numpy()), "eval": (values, labels)}
@@ -195,11 +196,11 @@ tabulate(tables.threshold_table(points))
 tabulate(tables.use_table())
 
 # %% [markdown]
-# ## In tandem with speaker verification
+# ## What does it cost in front of speaker verification?
 #
 # A countermeasure guards a speaker verification system, and some spoofs that it lets through fail there. The t-DCF
-# counts the two together. The curve says how much room there is around the best threshold, and the vertical line
-# what the threshold from dev pays.
+# counts the two together. The curve says how much room there is around the best threshold (the dots), and the vertical
+# line where the threshold of dev lies; what it costs is in the legend.
 
 # %%
 if asv is not None:
@@ -224,8 +225,8 @@ show(plots.attack_bars(tables.attack_rows(result), overall=result["eer"], seen=s
 
 # %% [markdown]
 # **Speakers.** A rejected bona fide trial is a real person called a machine. If the rejections sit with a few
-# speakers, more data of the same kind will not help, and those people will be rejected every time. The whiskers are
-# Wilson's 95 % intervals for that many trials; with a handful, a speaker's EER moves in steps of tens of percent.
+# speakers, more data of the same kind will not help, and those people will be rejected again and again. The whiskers
+# are Wilson's 95 % intervals for that many trials; with a handful, a speaker's EER moves in steps of tens of percent.
 
 # %%
 rejected = compare.rejections(result["by"]["speaker"])
@@ -233,8 +234,9 @@ if rejected["n_rejected"].any():
     show(plots.rejections_by_speaker(rejected), "rejections")
 else:
     print(f"None of {rejected['n_bonafide'].sum()} bona fide trials of {len(rejected)} speakers is rejected.")
-print(f"The hardest of {len(result['by']['speaker'])} speakers:")
-tabulate(tables.breakdown_table(result, "speaker", worst=15))
+n_shown = min(15, len(result["by"]["speaker"]))
+print(f"{n_shown} of {len(result['by']['speaker'])} speakers, those with the highest EER first:")
+tabulate(tables.breakdown_table(result, "speaker", worst=n_shown))
 
 # %% [markdown]
 # **Length, and the channel where it is known.** Clips are evaluated on their first 4.04 s, shorter ones repeated.
@@ -246,7 +248,7 @@ for column in columns[1:]:
     tabulate(tables.breakdown_table(result, column))
 
 # %% [markdown]
-# ## The generalisation gap, laid out
+# ## What makes eval harder than dev?
 #
 # One threshold, brought from dev to eval: the mean of both error rates goes from the grey bar to the dark one. The
 # steps between are exact and add up: what bona fide trials of new speakers add, and what each attack adds, weighted
@@ -258,14 +260,14 @@ show(plots.gap_parts(gap), "gap")
 novel = gap.loc[~gap["what"].isin(seen | {"bona fide"}), "part"].sum()
 known = gap.loc[gap["what"].isin(seen), "part"].sum()
 parts = {"attacks not in training": novel, "attacks in training": known} if seen else {"attacks": novel}
-parts |= {"bona fide speech of other speakers": gap["part"][0], "dev to eval": gap["part"].sum()}
+parts |= {"bona fide speech of other speakers": gap["part"][0], "together, from dev to eval": gap["part"].sum()}
 tabulate(pd.DataFrame([{"what": what, "points of error": f"{100 * part:+.1f}"} for what, part in parts.items()]))
 
 # %% [markdown]
 # ## Did it listen to speech?
 #
 # In several corpora the label can be guessed without listening: from the silence before the first word, the level,
-# the length or the bandwidth. (In ASVspoof 2019 the leading silence alone reaches 15 %.) Each bar is the EER of one
+# the length or the bandwidth. (In ASVspoof 2019 the leading silence alone reaches 15.1 %.) Each bar is the EER of one
 # such number, its direction learned on dev. Near 50 % is good news. A low bar is a warning about *every* result on
 # this corpus, this one included.
 
@@ -286,7 +288,7 @@ tabulate(tables.shortcut_table(alone))
 
 # %% [markdown]
 # The detector itself is asked the same question: score clips again with the silence at both ends cut off. A
-# detector that listens to speech should hardly notice. (A published one went from 3.6 to 15.5 %.)
+# detector that listens to speech should hardly notice. (A published one went from 3.6 to 15.5 %, arXiv 2106.12914.)
 
 # %%
 from deepfake_utils import score_protocol
@@ -316,7 +318,7 @@ if detector is not None:
     print(f"{n_real} bona fide and {n_fake} spoofed eval clips; {cut_s.mean():.2f} s cut off on average.")
 
 # %% [markdown]
-# ## The same clips by another way
+# ## What if the same clips come by another way?
 #
 # A recording reaches a detector through a telephone, a messenger's codec, a noisy room. How often does it err then, and
 # how often at the threshold that was right for the clips as they are? (`n_conditions` clips; by default none, because
@@ -335,7 +337,7 @@ else:
     print("Left out: set n_conditions for it, and give weights where there are scores only.")
 
 # %% [markdown]
-# ## How the detector sees the clips
+# ## How does the detector see the clips?
 #
 # The last layer before the decision holds a vector for each clip. In two dimensions: do bona fide clips form one
 # group, which attacks lie in it, and do attacks from training lie apart from the new ones? PCA keeps distances and
@@ -351,7 +353,7 @@ if detector is not None:
     show(plots.embedding_map(probing.project(embeddings, seed=seed), again["attack"], seen=sorted(seen)), "embeddings")
 
 # %% [markdown]
-# ## The hardest clips
+# ## Which clips are the hardest, and why?
 #
 # The spoofs that scored highest and the bona fide clips that scored lowest: here a detector is at its most wrong,
 # or, if it makes no such error, nearest to one. *Margin* is how far the score lies on the wrong side of dev's threshold
@@ -384,7 +386,7 @@ for row in hard.itertuples() if detector is not None else ():
     display(Audio(waveform, rate=SAMPLE_RATE_HZ))
 
 # %% [markdown]
-# ## A second opinion
+# ## Would a second opinion help?
 #
 # Two systems that fail on the same trials add nothing to each other; two that fail on different ones do. Without
 # weights of a second system, a quick one stands in: a logistic regression on the mean and spread of cepstral
@@ -436,7 +438,7 @@ if second is not None:
           + " and ".join(f"{slope:.3g}" for slope in fusion.slopes))
 
 # %% [markdown]
-# ## What may be said
+# ## What may be said?
 #
 # Report the EER **with its interval**, the number of speakers, the trimmed-silence row, the worst attack, and the
 # error at dev's threshold, which is what a user meets. What the corpus does not hold (other languages, codecs,

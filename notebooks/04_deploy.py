@@ -61,7 +61,13 @@ cost_real_rejected: float = 1.0  # your own use: cost of a real one that is call
 n_bootstrap: int = 1000  # bootstrap replicates of each interval
 
 # %% [markdown]
-# ## What is deployed, and on which recordings it is tried
+# ## What is deployed, and on what is it tried?
+#
+# **Bona fide** is recorded human speech (real), **spoof** is speech made or altered by a machine (fake). A detector
+# makes two kinds of error: **real rejected** (a bona fide recording is called fake; the field's *miss*) and **fake
+# accepted** (a spoof is called real; its *false alarm*). The **equal error rate** (EER) is the error at the threshold
+# where both rates are the same; a coin has 50 %. Scores are **log-odds** of real speech: 0 says nothing, +2.3 says ten
+# to one for real, -2.3 ten to one for fake.
 #
 # A corpus with `dev` and `eval` splits: everything is fitted on `dev` and judged on `eval`. On the demo, whose babble
 # is no speech, the notebook shows that the path works; its numbers say nothing.
@@ -70,7 +76,7 @@ n_bootstrap: int = 1000  # bootstrap replicates of each interval
 import warnings
 
 from deepfake_utils import Detector
-from deepfake_utils.notebook import Results, demo_notice, open_corpus, tabulate
+from deepfake_utils.notebook import Results, demo_notice, open_corpus, say, tabulate
 
 results = Results(run_dir, "04_deploy")
 show = results.show
@@ -83,14 +89,14 @@ names = [name.strip() for name in detectors.split(",") if name.strip()]
 loaded = {Path(name).stem: Detector.load(name) for name in names} or {"open (shipped)": Detector.load()}
 detector = next(iter(loaded.values()))
 dev, evaluation = (corpus.protocol(split) for split in ("dev", "eval"))
-print(f"{detector.facts['weights']}: {detector.engine}")
+print(f"Weights: {detector.facts['weights']}. They run on: {detector.engine}.")
 
 # %% [markdown]
 # ## Which detector for which device?
 #
 # The time is of one window of 4.04 s on the cores of this machine; a new one falls due every 2.02 s of speech, which
-# `x real time` counts, without decoding and the search for speech. The error rate is of whole recordings of `eval`,
-# every source counting alike.
+# *times real time* counts, without decoding and the search for speech. The error rate is of whole recordings of `eval`,
+# every source (speaker, attack) counting alike.
 
 # %%
 import pandas as pd
@@ -109,16 +115,16 @@ for name, other in loaded.items():
     weights = balanced_weights(table["label"], table["source"])
     ms = 1000 * time_window(other.model, other.device)
     eer = balanced_eer(table["log_odds"], table["label"], weights)
-    rows.append({"detector": name, "MB": other.facts["weights_bytes"] / 1e6, "ms a window": ms,
-                 "x real time": 2019 / ms, "EER %": 100 * eer, "recordings": len(table)})
+    rows.append({"detector": name, "size (MB)": other.facts["weights_bytes"] / 1e6, "ms a window": ms,
+                 "times real time": 2019 / ms, "EER %": 100 * eer, "recordings": len(table)})
 tabulate(pd.DataFrame(rows))
 
 # %% [markdown]
-# ## One long recording: where is the fake?
+# ## Where in a long recording is the fake?
 #
-# Real speech of one person with a synthesised sentence spliced in, at its level, cut where it was quiet. Below the
-# waveform: the log-odds of every window (a bar as long as the window), the grey band where a recording would be called
-# uncertain, and in red what is marked. The orange line is the truth.
+# Real speech of one person with a synthesised sentence spliced in, at its level, cut where it was quiet. Over the
+# waveform: in red what is marked as fake, and the orange line is the truth. Below: the log-odds of every window (a bar
+# as long as the window), and the grey band where a recording would be called uncertain.
 
 # %%
 from dataclasses import replace
@@ -137,43 +143,49 @@ marked = stretches(windows, **facts["marks"])
 show(plots.timeline(replace(verdict, windows=windows).timeline, plots.envelope([example.samples]),
                     facts["uncertain_log_odds"], fake_stretches=marked, truth=[example.span_s],
                     title=f"{example.source} with {example.insert_s:g} s of {example.insert}"), "timeline")
-print(f"fake from {example.span_s[0]:.1f} to {example.span_s[1]:.1f} s; marked: "
-      + (", ".join(f"{a:.1f} to {b:.1f} s" for a, b in marked) or "nothing"))
+say(f"Fake from {example.span_s[0]:.1f} to {example.span_s[1]:.1f} s; marked: "
+    + (", ".join(f"{a:.1f} to {b:.1f} s" for a, b in marked) or "nothing"))
 
 # %% [markdown]
-# One example proves nothing. The table is of many, with inserts of several lengths, half of them cross-faded. Every one
-# has a **control**, the same cut with another person's real speech, so that a detector that hears the joint instead of
-# the synthesis gains nothing. *EER* is of windows (half of them or of the insert fake, against windows without any).
-# The bound of the marks was set on `dev` so that 5 % of the real time is marked wrongly.
+# One example proves nothing. The tables are of all splices of both splits (`n_hosts` recordings times the lengths of
+# the insert), hard cuts and cross-fades in turn. Every one has a **control**, the same cut with another person's real
+# speech, so that a detector that hears the joint instead of the synthesis gains nothing. *EER* is of windows (half of
+# them or of the insert fake, against windows without any). The bound of the marks was set on `dev` so that at most 5 %
+# of the real time is marked wrongly.
 
 # %%
 found = {split: pd.DataFrame(calibrate.describe_splices(part, facts["marks"])) for split, part in spliced.items()}
 for split, table in found.items():
     shown = 100 * table[["eer", "eer_cut", "eer_fade", "fake_found", "inserts_found", "real_marked"]].astype(float)
-    shown.columns = ["EER %", "hard cut", "cross-fade", "fake time found %", "inserts found %", "real time marked %"]
-    tabulate(pd.concat([table[["insert_s"]].rename(columns={"insert_s": f"{split}: insert, s"}), shown], axis=1))
+    shown.columns = ["EER %", "EER %, hard cut", "EER %, cross-fade",
+                     "fake time found %", "inserts found %", "real time marked %"]
+    length = table["insert_s"].map(lambda s: s if isinstance(s, str) else f"{s:g}").rename(f"{split}: insert (s)")
+    tabulate(pd.concat([length, shown], axis=1))
 
 # %% [markdown]
 # And the recording as a whole? Its windows are **pooled** into one figure. The mean asks whether the whole is fake; a
 # low quantile, or attention to the windows that sound most fake, asks whether any part is, and finds something in
-# everybody who speaks for long. *Recordings*: EER of recordings as they are; *splices*: of splices against controls;
-# *long rejected*: untouched long recordings below the threshold of the first. The least mean of the three on `dev` is
-# taken.
+# everybody who speaks for long. Three errors in percent: the EER of recordings as they are, that of splices against
+# their controls, and how many untouched long recordings are rejected at the threshold of the first. The way with the
+# least mean of the three on `dev` is taken.
 
 # %%
 from deepfake_utils.scoring.pooling import describe
 
 for split, tried in facts["decisions"]["pooling_tried"].items():
-    table = pd.DataFrame(tried).rename(columns={"pooling": f"{split}, %", "long_rejected": "long rejected"})
-    tabulate(table.assign(**{name: 100 * table[name] for name in table.columns[1:]}))
-print("chosen on dev:", describe(facts["pooling"]))
+    table = pd.DataFrame(tried).set_index("pooling") * 100
+    words = {"recordings": "EER % of recordings", "splices": "EER % of splices", "long_rejected": "long rejected %",
+             "together": "mean of the three"}
+    tabulate(table.rename(columns=words).reset_index(names=f"{split}: pooled by"))
+print(f"Chosen on dev: {describe(facts['pooling'])}.")
 
 # %% [markdown]
 # ## Live: how soon, and how much work?
 #
 # The same recording arrives in telephone frames: 8 kHz, 20 ms at a time. A verdict on a window is there as soon as its
-# last frame is, so the first comes after 4.04 s of which one is speech, and 0.1 s for the change of rate. Most frames
-# only feed the search for speech; every hundredth completes a window and costs the network's 4 s.
+# last frame is, so the first comes after 4.04 s of which at least one is speech, and 0.1 s for the change of rate. Most
+# frames only feed the search for speech; about every hundredth completes a window, and with it comes one pass of the
+# network.
 
 # %%
 from scipy.signal import resample_poly
@@ -186,11 +198,12 @@ silent = time_stream(detector, np.zeros_like(telephone), 8_000)
 whole = detector(telephone, 8_000)
 pairs = zip(timed.windows, whole.windows, strict=True)
 gap = max((abs(a.logit_bonafide - b.logit_bonafide) for a, b in pairs), default=0.0)
-live = {"first window (s of sound)": timed.first_s, "a frame, p50 (ms)": 1000 * np.quantile(timed.push_s, 0.5),
-        "p99 (ms)": 1000 * np.quantile(timed.push_s, 0.99), "largest (ms)": 1000 * timed.push_s.max(),
-        "real-time factor": timed.real_time_factor, "of silence": silent.real_time_factor,
-        "largest difference from the whole": gap}
-tabulate(pd.DataFrame({"what": list(live), "live": [f"{value:.4g}" for value in live.values()]}))
+live = {"first verdict after (s of sound)": timed.first_s, "a frame, median (ms)": 1000 * np.median(timed.push_s),
+        "99 of 100 frames within (ms)": 1000 * np.quantile(timed.push_s, 0.99),
+        "longest frame (ms)": 1000 * timed.push_s.max(),
+        "% of real time": 100 * timed.real_time_factor, "% of real time, silence": 100 * silent.real_time_factor,
+        "largest difference from the recording scored whole": gap}
+tabulate(pd.DataFrame({"live": list(live), "value": [f"{value:.3g}" for value in live.values()]}))
 show(plots.push_times(timed.push_s), "live")
 
 # %% [markdown]
@@ -227,10 +240,10 @@ from deepfake_utils.report.tables import cost_table
 tabulate(cost_table(all_uses, costs))
 
 # %% [markdown]
-# ## And under codec and noise?
+# ## Does it hold under codec and noise?
 #
-# The same thresholds on the same recordings of `eval` after what calls and uploads do to them. A cost of 1 is what
-# deciding without listening costs: **above 1 the threshold does not hold on that channel**.
+# The same thresholds on recordings of `eval` after what calls and uploads do to them. The cost is relative to deciding
+# without listening, which has 1: **above 1 the threshold does not hold on that channel**.
 
 # %%
 import torch
@@ -261,16 +274,16 @@ for way, change in ways.items():
     again = [(row, calibrate.calibrated(w, facts["calibration"])) for row, w in again]
     table = calibrate.recording_log_odds(again, facts["pooling"])
     these = (table["log_odds"], table["label"], table["source"])
-    row = {"eval": way, "EER %": 100 * balanced_eer(*these[:2], balanced_weights(*these[1:]))}
+    row = {"eval, heard through": way, "EER %": 100 * balanced_eer(*these[:2], balanced_weights(*these[1:]))}
     for name, use in all_uses.items():
         judged_again = uses.judge_threshold(*these, use, fitted[name], n_bootstrap=0)
-        row[f"cost, {name}"] = judged_again["cost"] / judged_again["blind"]
+        row[f"relative cost, {name}"] = judged_again["cost"] / judged_again["blind"]
     rows.append(row)
 channels = pd.DataFrame(rows)
 tabulate(channels)
 
 # %% [markdown]
-# ## What may be said
+# ## What may be said?
 #
 # A threshold belongs to weights, to a use, and to recordings like those it was fitted on. `deepfake-utils calibrate
 # WEIGHTS --data FOLDER` does what this notebook did and writes the thresholds into the JSON beside the weights, where

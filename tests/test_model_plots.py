@@ -85,4 +85,4 @@ def test_artefacts_are_drawn_by_time_and_by_size():
     assert len(colours) == 1 and "MB" in sizes.get_xlabel() and "ms" in times.get_xlabel()
     shown = artefact_table(table)
     assert shown["points lost"].tolist() == ["-", "+1.00"] and shown["x real time"].tolist() == ["505", "1,009"]
-    assert shown["interval"][1] == "11.00 to 31.00" and shown["MB"].tolist() == ["2.000", "0.500"]
+    assert shown["95 % interval"][1] == "11.00 to 31.00" and shown["MB"].tolist() == ["2.000", "0.500"]

@@ -41,9 +41,20 @@ def test_det_curve_passes_through_its_marked_eer(separated):
     assert "EER 15.8" in text_of(figure) or "EER 15.9" in text_of(figure)
 
 
+def test_curves_have_no_colour_of_a_class(separated):
+    """Blue is bona fide and vermilion spoof, so dev and eval, systems and forms are neither."""
+    columns = ("train_loss", "dev_eer", "best_dev_eer", "learning_rate")
+    history = pd.DataFrame({"epoch": [1, 2], **dict.fromkeys(columns, 0.1)})
+    figures = [plots.det_curves({"dev": separated, "eval": separated}), plots.training_curves(history)]
+    figures.append(plots.tandem_cost({form: (np.ones(2), np.arange(2.0)) for form in ("2019", "2021")}))
+    drawn = {line.get_color() for figure in figures for axis in figure.axes for line in axis.lines}
+    assert len(drawn) > 3 and not drawn & set(plots.basic.CLASS_COLOUR.values())
+
+
 def test_det_curve_of_a_perfect_system_is_drawn():
     figure = plots.det_curves({"perfect": (np.array([0.0, 1.0]), np.array([0, 1]))})
     assert all(np.isfinite(line.get_xydata()).all() for line in figure.axes[0].lines)
+    assert "no error at all is drawn as half an error" in text_of(figure)
 
 
 def test_attack_bars_show_percent_in_falling_order():

@@ -45,7 +45,11 @@ def test_costs_of_uses_mark_the_threshold_and_the_blind_cost(tmp_path):
     figure = plots.costs_of_uses(curves, dict.fromkeys(USES, mark))
     shown = [axis for axis in figure.axes if axis.get_visible()]
     assert [axis.get_title() for axis in shown] == list(USES)
-    assert {tuple(line.get_xdata()) for line in shown[0].lines} >= {(-1.0, 1.0), (0.5, 0.5)}
+    cost, threshold = (line.get_xydata().tolist() for line in shown[0].lines[:2])
+    assert cost[1:3] == [[-1, 0.2], [1, 0.1]] and threshold[0][0] == threshold[1][0] == 0.5
+    (left, _), (right, _) = ends = cost[0], cost[-1]  # beyond all log-odds the cost is that of one decision for all
+    assert [left, right] == pytest.approx(shown[0].get_xlim()) and [at for _, at in ends] == [0.2, 0.1]
+    assert left < -1 and right > 1 and shown[0].lines[0].get_drawstyle() == "steps-pre"
     figure.savefig(tmp_path / "uses.png")
 
 

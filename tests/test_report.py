@@ -14,6 +14,7 @@ from deepfake_utils.evaluation import compare
 from deepfake_utils.evaluation.calibration import PRESETS, fit_calibration, operating_point
 from deepfake_utils.evaluation.metrics import compute_eer
 from deepfake_utils.report import page, tables
+from deepfake_utils.training.config import TrainingConfig
 
 
 @pytest.fixture(scope="module")
@@ -66,19 +67,20 @@ def test_attack_table_is_sorted_and_its_shares_are_whole(result):
     assert table["attack"].tolist() == ["A2", "<A1>", "bona fide"]
     assert table["share of all errors %"].astype(float).sum() == pytest.approx(100, abs=0.2)
     assert table["EER %"][0] == f"{100 * result['per_attack']['A2']['eer']:.2f}"
-    assert re.fullmatch(r"[\d.]+ to [\d.]+", table["interval"][0])
+    assert re.fullmatch(r"[\d.]+ to [\d.]+", table["95 % interval"][0])
 
 
 def test_headlines_leave_out_what_could_not_be_computed(result):
     table = tables.headline_table(result).set_index("figure")
     assert "min t-DCF, 2019" not in table.index
     assert table.loc["EER", "value"] == f"{100 * result['eer']:.2f}"
-    assert float(table.loc["EER", "interval"].split()[0]) <= float(table.loc["EER", "value"])
+    assert float(table.loc["EER", "95 % interval"].split()[0]) <= float(table.loc["EER", "value"])
 
 
 def test_breakdown_and_threshold_tables_carry_their_numbers(case, result):
     table = tables.breakdown_table(result, "codec").set_index("codec")
-    assert table.loc["alaw", "EER %"] == f"{100 * result['by']['codec']['alaw']['eer']:.2f}"
+    assert table.loc["alaw", "EER % against its own trials"] == f"{100 * result['by']['codec']['alaw']['eer']:.2f}"
+    assert "against" not in table
     scores, keys = case
     llrs = fit_calibration(scores["score"], keys["label"]).llr(scores["score"])
     points = {use: operating_point(llrs, keys["label"], use, n_bootstrap=20) for use in PRESETS}
@@ -94,7 +96,7 @@ def test_comparison_table_names_its_reference(case):
     compared = compare.compare(systems, keys["label"], keys["speaker"], n_bootstrap=20)
     table = tables.comparison_table(compared)
     assert table["difference (points)"][0] == "reference" and table["difference (points)"][1].startswith("+")
-    assert table["interval, paired"][1].endswith("by speaker")
+    assert table["95 % interval, paired"][1].endswith("by speaker")
 
 
 def test_the_page_needs_nothing_but_itself(case, result, tmp_path):
@@ -146,3 +148,12 @@ def test_the_real_evaluation_with_its_tandem_curve(reference_data, tmp_path):
     read = read_page(page.write_html(tmp_path / "r.html", result, asv))
     words = " ".join(read.words)
     assert "1.06" in words and "0.0335" in words and "Tandem cost" in words and len(read.links) == 4
+
+
+def test_settings_that_depart_from_the_paper_are_in_words_and_units():
+    here = TrainingConfig(crop_samples=16_000, class_weights=(0.5, 0.5), schedule="one_cycle", clip_norm=5.0)
+    table = tables.settings_table(here.to_dict(), TrainingConfig().to_dict()).set_index("setting")
+    assert table.loc["training clip (s)"].tolist() == ["1", "4.037"]
+    assert table.loc["weights of spoof, bona fide"].tolist() == ["0.5, 0.5", "0.1, 0.9"]
+    assert table.loc["schedule", "here"] == "one cycle" and table.loc["highest gradient norm (0: any)", "here"] == "5"
+    assert len(table) == 4 and not any("_" in text for text in table.to_string())

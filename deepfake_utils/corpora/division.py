@@ -30,7 +30,8 @@ def divide(corpus: Corpus, seed: int) -> tuple[list[pd.DataFrame], str]:
         CorpusError: it is an official test set, or has some of the splits only.
     """
     if "train" in corpus.splits:
-        return [corpus.protocol(split) for split in SPLITS], f"The splits are {corpus.name}'s own."
+        where_from = f"The splits train, dev and eval are those that come with the corpus {corpus.name}."
+        return [corpus.protocol(split) for split in SPLITS], where_from
     if corpus.names_splits:
         raise CorpusError(
             f"{corpus.name} in {corpus.root} is a test set: it has {', '.join(corpus.splits)} and no train; train on "

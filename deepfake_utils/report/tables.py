@@ -45,6 +45,15 @@ def percent_interval(bounds: list[float] | None) -> str:
     return "-" if bounds is None else f"{100 * bounds[0]:.2f} to {100 * bounds[1]:.2f}"
 
 
+def interval_name(result: dict) -> str:
+    """Heading of a column of intervals.
+
+    >>> interval_name({"confidence": 0.95}), interval_name({"confidence": None})
+    ('95 % interval', 'interval')
+    """
+    return f"{100 * result['confidence']:g} % interval" if result["confidence"] else "interval"
+
+
 def headline_table(result: dict) -> pd.DataFrame:
     """The figures of the whole evaluation: figure, value, interval, meaning.
 
@@ -59,7 +68,7 @@ def headline_table(result: dict) -> pd.DataFrame:
             if bounds and result["eer"] == 0 and bounds[0] == bounds[1]:
                 interval = "no error seen"  # there is none to resample: an interval would promise too much
             rows.append((title, f"{factor * result[name]:.{digits}f}", interval, meaning))
-    return pd.DataFrame(rows, columns=["figure", "value", "interval", "meaning"])
+    return pd.DataFrame(rows, columns=["figure", "value", interval_name(result), "meaning"])
 
 
 def attack_table(result: dict) -> pd.DataFrame:
@@ -74,7 +83,7 @@ def attack_table(result: dict) -> pd.DataFrame:
             "attack": attack,
             "trials": f"{row['n']:,}",
             "EER %": percent(row["eer"]),
-            "interval": percent_interval(row["eer_ci"]),
+            interval_name(result): percent_interval(row["eer_ci"]),
             "min t-DCF, 2019": "-" if row["min_tdcf"] is None else f"{row['min_tdcf']:.4f}",
             "fake accepted %": percent(row["p_fa"]),
             "share of all errors %": percent(row["share_of_errors"], 1),
@@ -82,7 +91,7 @@ def attack_table(result: dict) -> pd.DataFrame:
         for attack, row in sorted(result["per_attack"].items(), key=lambda item: -item[1]["eer"])
     ]
     if rows and result.get("bonafide_share_of_errors") is not None:
-        dashes = dict.fromkeys(("EER %", "interval", "min t-DCF, 2019", "fake accepted %"), "-")
+        dashes = dict.fromkeys(("EER %", interval_name(result), "min t-DCF, 2019", "fake accepted %"), "-")
         share = percent(result["bonafide_share_of_errors"], 1)
         trials = f"{result['n_bonafide']:,}"
         rows.append({"attack": "bona fide", "trials": trials, **dashes, "share of all errors %": share})
@@ -111,6 +120,9 @@ def attack_rows(result: dict) -> pd.DataFrame:
 def breakdown_table(result: dict, column: str, *, worst: int | None = None) -> pd.DataFrame:
     """One row for each value of a column: trials of both classes, EER with interval, against what, error rates.
 
+    What all rows share is no column of its own: against which trials the EER is goes into its heading, and a column of
+    intervals stands only where there is one.
+
     Args:
         result: what `evaluation.evaluate(..., by=column)` returned.
         worst: only so many values, those with the highest EER first; None: all, as they come.
@@ -124,14 +136,19 @@ def breakdown_table(result: dict, column: str, *, worst: int | None = None) -> p
             "bona fide": f"{row['n_bonafide']:,}",
             "spoof": f"{row['n_spoof']:,}",
             "EER %": percent(row["eer"]),
-            "interval": percent_interval(row["eer_ci"]),
+            interval_name(result): percent_interval(row["eer_ci"]),
             "against": row["against"],
             "real rejected %": percent(row["p_miss"]),
             "fake accepted %": percent(row["p_fa"]),
         }
         for value, row in groups
     ]
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(rows)
+    if rows and (table[interval_name(result)] == "-").all():
+        table = table.drop(columns=interval_name(result))
+    if rows and table["against"].nunique() == 1:
+        table = table.rename(columns={"EER %": f"EER % against {rows[0]['against']}"}).drop(columns="against")
+    return table
 
 
 def threshold_table(points: dict[str, dict]) -> pd.DataFrame:
@@ -145,9 +162,9 @@ def threshold_table(points: dict[str, dict]) -> pd.DataFrame:
             "use": name,
             "LLR threshold": f"{point['llr_threshold']:.2f}",
             "real rejected %": percent(point["p_miss"]),
-            "interval (real)": percent_interval(point["p_miss_ci"]),
+            "95 % interval": percent_interval(point["p_miss_ci"]),
             "fake accepted %": percent(point["p_fa"]),
-            "interval (fake)": percent_interval(point["p_fa_ci"]),
+            "its 95 % interval": percent_interval(point["p_fa_ci"]),
             "cost": f"{point['dcf']:.3f}",
             "least possible": f"{point['min_dcf']:.3f}",
         }
@@ -171,6 +188,37 @@ def use_table() -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+SETTINGS = {  # name in TrainingConfig -> words, and what a number is divided by
+    "batch_size": ("utterances a step", 1),
+    "crop_samples": ("training clip (s)", SAMPLE_RATE_HZ),
+    "eval_samples": ("dev clip while training (s)", SAMPLE_RATE_HZ),
+    "learning_rate": ("highest learning rate", 1),
+    "learning_rate_min": ("lowest learning rate", 1),
+    "class_weights": ("weights of spoof, bona fide", 1),
+    "clip_norm": ("highest gradient norm (0: any)", 1),
+    "time_budget_s": ("time limit (s; 0: none)", 1),
+}
+
+
+def settings_table(here: dict, published: dict) -> pd.DataFrame:
+    """Where a training departs from the published recipe: one row a setting, in words.
+
+    Args:
+        here, published: what `TrainingConfig.to_dict` gives.
+    """
+    rows = []
+    for name, value in here.items():
+        words, unit = SETTINGS.get(name, (name.replace("_", " "), 1))
+        both = [f"{v / unit:.4g}" if isinstance(v, int | float) else _in_words(v) for v in (value, published[name])]
+        if value != published[name]:
+            rows.append({"setting": words, "here": both[0], "published recipe": both[1]})
+    return pd.DataFrame(rows, columns=["setting", "here", "published recipe"])
+
+
+def _in_words(value) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list | dict) else str(value).replace("_", " ")
+
+
 def comparison_table(compared: pd.DataFrame) -> pd.DataFrame:
     """One row a system: EER, and its paired difference from the first one with interval.
 
@@ -187,7 +235,7 @@ def comparison_table(compared: pd.DataFrame) -> pd.DataFrame:
                 "system": name,
                 "EER %": percent(row["eer"]),
                 "difference (points)": "reference" if number == 0 else difference,
-                "interval, paired": interval,
+                "95 % interval, paired": interval,
             }
         )
     return pd.DataFrame(rows)
@@ -216,7 +264,7 @@ def shortcut_table(alone: pd.DataFrame) -> pd.DataFrame:
             "rule": alone["rule"],
             "bona fide if": alone["bona_fide_if"].replace("", "-"),
             "EER %": alone["eer"].map(percent),
-            "interval": list(map(percent_interval, bounds)),
+            "95 % interval": list(map(percent_interval, bounds)),
         }
     )
 
@@ -228,8 +276,8 @@ def agreement_table(agreement: pd.DataFrame, first: str, second: str) -> pd.Data
         agreement: what `compare.agreement` returned; first, second: names of the systems.
     """
     names = {
-        "n": "trials", "both_right": "both right", "only_first_right": f"only {first}",
-        "only_second_right": f"only {second}", "both_wrong": "both wrong", "rank_correlation": "rank correlation",
+        "n": "trials", "both_right": "both right", "only_first_right": f"only {first} right",
+        "only_second_right": f"only {second} right", "both_wrong": "both wrong", "rank_correlation": "rank correlation",
     }  # fmt: skip
     return agreement.rename(columns=names).reset_index(names="class")
 
@@ -272,7 +320,7 @@ def artefact_table(artefacts: pd.DataFrame) -> pd.DataFrame:
             "ms a window": f"{row['ms']:.1f}",
             "x real time": f"{1000 * CROP_SAMPLES / SAMPLE_RATE_HZ / row['ms']:,.0f}",
             "EER %": percent(row["eer"]),
-            "interval": percent_interval([row["low"], row["high"]]),
+            "95 % interval": percent_interval([row["low"], row["high"]]),
             "points lost": "-" if pd.isna(row["lost"]) else f"{100 * row['lost']:+.2f}",
         }
         for name, row in artefacts.iterrows()

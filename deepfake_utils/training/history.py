@@ -54,16 +54,16 @@ def epoch_row(run: Run, dev: dict[str, float], train_s: float, wait_s: float, n_
 
 def say_epoch(run: Run, row: dict) -> None:
     """One line for the reader."""
-    figures = f"dev EER {100 * row['dev_eer']:6.2f} %"
+    figures = f"dev EER {100 * row['dev_eer']:5.2f} %"
     if "dev_macro_eer" in row:
         figures += f"  macro {100 * row['dev_macro_eer']:.2f} %"
     busy = "" if math.isnan(row["gpu_utilisation"]) else f"  GPU busy {row['gpu_utilisation']:.0%}"
     left = f"  {in_words(run.left_s)} left" if run.left_s > 0 else ""
     run.say(
-        f"epoch {row['epoch']:3d}: loss {row['train_loss']:.4f}  {figures}  "
-        f"(best {100 * run.state.best_dev_eer:.2f} % in epoch {run.state.best_epoch + 1})  "
-        f"{row['utterances_per_s']:.1f} utt/s  data wait {100 * row['data_wait_fraction']:.1f} %  "
-        f"peak {row['peak_memory_bytes'] / 2**30:.2f} GiB{busy}{left}"
+        f"epoch {row['epoch']:2d}: loss {row['train_loss']:.4f}  {figures} "
+        f"(best {100 * run.state.best_dev_eer:.2f} %, epoch {run.state.best_epoch + 1})  "
+        f"{row['utterances_per_s']:.1f} utt/s  wait {100 * row['data_wait_fraction']:.1f} %  "
+        f"{row['peak_memory_bytes'] / 2**30:.2f} GiB{busy}{left}"
     )
 
 

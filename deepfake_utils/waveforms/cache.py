@@ -207,7 +207,9 @@ class ClipCache:
     def describe(self) -> str:
         """One line for the notebook."""
         asked = self.hits + self.misses
-        share = f"{self.hits / asked:.1%} of {asked:,} requests hit" if asked else "no request yet"
+        if not asked:
+            return f"room for {self._budget_bytes / 1e9:.2f} GB of decoded clips"
+        share = f"{self.hits / asked:.1%} of {asked:,} requests hit"
         text = f"{len(self):,} kept in {self._bytes / 1e9:.2f} of {self._budget_bytes / 1e9:.2f} GB, {share}"
         counts = f"{self.decodes:,} decoded, {self.purged:,} purged, {self.passed:,} passed through"
         return f"{text}; {counts}"

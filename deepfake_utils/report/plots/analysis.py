@@ -14,6 +14,7 @@ from deepfake_utils.report.plots.basic import (
     BLACK,
     BLUE,
     CLASS_COLOUR,
+    CURVE_COLOURS,
     DET_TICKS,
     GREEN,
     ORANGE,
@@ -25,6 +26,7 @@ from deepfake_utils.report.plots.basic import (
     det_curves,
     draw_spectrogram,
     new_figure,
+    score_bins,
     slant_long_names,
 )
 
@@ -40,7 +42,7 @@ def score_panels(panels: Mapping[str, tuple[np.ndarray, np.ndarray, Mapping[str,
     """
     figure, axes = new_figure(1, len(panels), size=(4.8 * len(panels), 3.6), squeeze=False)
     for axis, (scale, (scores, labels, thresholds)) in zip(axes[0], panels.items(), strict=True):
-        edges = np.histogram_bin_edges(scores, bins=min(60, max(12, int(2 * np.sqrt(len(scores))))))
+        edges = score_bins(scores)
         for label, name in CLASS_NAME.items():
             chosen = scores[labels == label]
             axis.hist(
@@ -82,10 +84,13 @@ def tandem_cost(
 
     Args:
         costs: form ("2019", "2021") -> (cost (n,), thresholds (n,)), as `metrics.tandem_curve` gives them.
-        operating_point: threshold that was chosen beforehand, drawn with what it costs.
+        operating_point: threshold that was chosen beforehand on dev, drawn; the legend says what it costs.
     """
     figure, axis = new_figure(size=(7.4, 3.8))
-    for (form, (cost, thresholds)), colour, style in zip(costs.items(), (BLUE, VERMILION), ("-", "--"), strict=False):
+    paid = []
+    for (form, (cost, thresholds)), colour, style in zip(costs.items(), CURVE_COLOURS, ("-", "--"), strict=False):
+        if operating_point is not None:
+            paid.append(f"{cost[thresholds >= operating_point][0]:.4f} ({form})")
         finite = np.isfinite(thresholds)
         cost, thresholds = cost[finite], thresholds[finite]
         best = int(np.argmin(cost))
@@ -94,7 +99,8 @@ def tandem_cost(
         axis.plot(thresholds[best], cost[best], "o", color=colour, markersize=7, markeredgecolor="white")
     axis.axhline(1, color="0.6", linewidth=0.8, linestyle=":", label="a constant decision")
     if operating_point is not None:
-        axis.axvline(operating_point, color=BLACK, linestyle="-.", linewidth=1, label="threshold chosen on dev")
+        axis.axvline(operating_point, color=BLACK, linestyle="-.", linewidth=1,
+                     label=f"threshold chosen on dev: costs {', '.join(paid)}")  # fmt: skip
     top = max(1.25, min(3.0, max(float(cost.max()) for cost, _ in costs.values())))
     axis.set(
         xlabel="threshold on the score (accept as bona fide above)",
@@ -207,7 +213,7 @@ def trimming(scores: np.ndarray, trimmed: np.ndarray, labels: np.ndarray, cut_s:
 
 
 def embedding_map(maps: Mapping[str, np.ndarray], attacks: Sequence[str], *, seen: Sequence[str] = ()) -> Figure:
-    """Embeddings in two dimensions, coloured by attack; unfilled markers are attacks that were in training.
+    """Embeddings in two dimensions, coloured by attack; unfilled markers are attacks that were in training, said so.
 
     Args:
         maps: title -> coordinates (n, 2).
@@ -222,7 +228,7 @@ def embedding_map(maps: Mapping[str, np.ndarray], attacks: Sequence[str], *, see
         for number, name in enumerate(names):
             of, colour = attacks == name, colours[number % len(colours)]
             axis.scatter(*points[of].T, marker=MARKERS[1 + number % (len(MARKERS) - 1)], s=34,
-                         label=f"{name} (n = {of.sum()})",
+                         label=f"{name}{', in training' if name in seen else ''} (n = {of.sum()})",
                          facecolors="none" if name in seen else colour, edgecolors=colour if name in seen else "white",
                          linewidths=1.2 if name in seen else 0.4)  # fmt: skip
         of = attacks == NO_ATTACK
@@ -256,7 +262,7 @@ def clip_under_the_lens(
         windows["score"], windows["start_s"], windows["stop_s"], color=GREEN, linewidth=2.4, label="this stretch alone"
     )
     axes[2].axhline(whole, color=PURPLE, linewidth=1.3, label=f"whole clip: {whole:.4g}")
-    axes[2].axhline(threshold, color=BLACK, linestyle="--", linewidth=1, label=f"threshold: {threshold:.4g}")
+    axes[2].axhline(threshold, color=BLACK, linestyle="--", linewidth=1, label=f"dev's threshold: {threshold:.4g}")
     axes[2].set(ylabel="score")
     axes[2].ticklabel_format(axis="y", useOffset=False)  # an offset would stand where the legend does
     axes[2].legend(frameon=False, fontsize="x-small", loc="lower left", bbox_to_anchor=(0, 0.98), ncols=3)

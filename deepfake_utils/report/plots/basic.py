@@ -1,12 +1,13 @@
 """Pictures: each function takes data and returns a Matplotlib figure with axes, units and counts.
 
-Bona fide is always blue and spoof always vermilion (Okabe and Ito's colour-blind-safe palette); nothing is told
-by colour alone.
+Bona fide is always blue and spoof always vermilion (Okabe and Ito's colour-blind-safe palette), and curves of anything
+else have other colours; nothing is told by colour alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 
 import numpy as np
 import pandas as pd
@@ -23,6 +24,8 @@ BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, YELLOW, BLACK = PALETTE = (
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000",
 )  # fmt: skip
 CLASS_COLOUR = {BONAFIDE: BLUE, SPOOF: VERMILION}
+SPLIT_COLOUR = {"dev": GREEN, "eval": PURPLE}
+CURVE_COLOURS = (GREEN, PURPLE, BLACK, ORANGE, SKY, YELLOW)  # of systems, splits and forms: none is that of a class
 DYNAMIC_RANGE_DB = 80.0  # of spectrograms: what is further below the maximum is drawn as silence
 DET_TICKS = (0.001, 0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9)
 
@@ -106,19 +109,25 @@ def training_curves(history: pd.DataFrame) -> Figure:
     loss.set(title="Training loss", xlabel="epoch", ylabel="weighted loss (nats)", ylim=(0, None))
     for name, style, label in (("dev_eer", "-", "all trials"), ("dev_macro_eer", "--", "mean over sources")):
         if name in history:
-            eer.plot(epochs, 100 * history[name], color=BLUE, linestyle=style, marker="o", markersize=3, label=label)
+            eer.plot(epochs, 100 * history[name], color=SPLIT_COLOUR["dev"], linestyle=style, marker="o", markersize=3,
+                     label=label)  # fmt: skip
     kept = history["best_dev_eer"].idxmin()
     kept_eer = 100 * history["best_dev_eer"][kept]
-    eer.scatter([epochs[kept]], [kept_eer], s=90, facecolors="none", edgecolors=VERMILION,
+    eer.scatter([epochs[kept]], [kept_eer], s=90, facecolors="none", edgecolors=BLACK,
                 linewidths=2, label=f"kept: epoch {epochs[kept]}, {kept_eer:.2f} %")  # fmt: skip
     eer.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(0, -0.2))
     eer.set(title="Dev equal error rate", xlabel="epoch", ylabel="EER (%)", ylim=(0, None))
-    rate.plot(epochs, history["learning_rate"], color=GREEN, marker="o", markersize=3)
+    rate.plot(epochs, history["learning_rate"], color="0.4", marker="o", markersize=3)
     rate.set(title="Learning rate at the epoch's end", xlabel="epoch", ylabel="learning rate", yscale="log")
     for axis in (loss, eer, rate):
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axis.set_xlim(epochs.min() - 0.5, epochs.max() + 0.5)  # whole epochs, also where there is one alone
     return figure
+
+
+def score_bins(scores: np.ndarray) -> np.ndarray:
+    """Edges of 12 to 60 bins, fewer where there are few scores: a comb of single trials shows no distribution."""
+    return np.histogram_bin_edges(scores, bins=min(60, max(12, int(2 * np.sqrt(len(scores))))))
 
 
 def score_histogram(
@@ -132,7 +141,7 @@ def score_histogram(
         threshold: drawn as a line where given.
     """
     figure, axis = new_figure(size=(7, 3.4))
-    edges = np.histogram_bin_edges(scores, bins=60)
+    edges = score_bins(scores)
     for label, name in ((BONAFIDE, "bona fide"), (SPOOF, "spoof")):
         chosen = scores[labels == label]
         axis.hist(
@@ -149,26 +158,32 @@ def score_histogram(
 def det_curves(systems: Mapping[str, tuple[np.ndarray, np.ndarray]], *, title: str = "") -> Figure:
     """Detection error trade-off on normal-deviate axes, the EER of each system marked.
 
+    These axes have no place for a rate of zero: it is drawn as half an error, and the legend says so.
+
     Args:
         systems: name -> (scores (n,), labels (n,)).
 
     Source: Martin et al., "The DET curve in assessment of detection task performance", Eurospeech 1997.
     """
     figure, axis = new_figure(size=(5.4, 5.2))
-    for (name, (scores, labels)), colour in zip(systems.items(), PALETTE, strict=False):
+    half_an_error = []
+    for (name, (scores, labels)), colour in zip(systems.items(), cycle(CURVE_COLOURS), strict=False):
         points, eer = det_points(scores, labels), compute_eer(scores, labels).eer
-        low_fa, low_miss = 0.5 / points.n_spoof, 0.5 / points.n_bonafide  # half a trial: zero has no place on the axis
+        low_fa, low_miss = 0.5 / points.n_spoof, 0.5 / points.n_bonafide
+        half_an_error += [low_fa, low_miss]
         p_fa, p_miss = np.clip(points.p_fa, low_fa, 1 - low_fa), np.clip(points.p_miss, low_miss, 1 - low_miss)
         axis.plot(norm.ppf(p_fa), norm.ppf(p_miss), color=colour, drawstyle="steps-post",
                   label=f"{name}: EER {100 * eer:.2f} % (n = {points.n_bonafide:,} + {points.n_spoof:,})")  # fmt: skip
-        at = norm.ppf(np.clip(eer, min(low_fa, low_miss), DET_TICKS[-1]))
-        axis.plot(at, at, "o", color=colour, markersize=6)
+        at = norm.ppf(np.clip(eer, (low_fa, low_miss), DET_TICKS[-1]))
+        axis.plot(*at, "o", color=colour, markersize=6)
     limits = norm.ppf((DET_TICKS[0] * 0.7, DET_TICKS[-1]))
     axis.plot(limits, limits, color="0.7", linewidth=0.8, linestyle=":")
     ticks, names = norm.ppf(DET_TICKS), [f"{100 * tick:g}" for tick in DET_TICKS]
     axis.set(xticks=ticks, yticks=ticks, xticklabels=names, yticklabels=names, xlim=limits, ylim=limits, aspect="equal")
     axis.set(xlabel="fake accepted (%)", ylabel="real rejected (%)", title=title)
     axis.grid(color="0.92")
+    if max(half_an_error) > DET_TICKS[0]:
+        axis.plot([], [], linestyle="", label="no error at all is drawn as half an error")
     axis.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(0, -0.12))
     return figure
 

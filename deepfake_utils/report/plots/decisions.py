@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from deepfake_utils.conventions import SAMPLE_RATE_HZ
 from deepfake_utils.files import atomic_write
-from deepfake_utils.report.plots.basic import BLACK, BLUE, GREEN, ORANGE, VERMILION, new_figure
+from deepfake_utils.report.plots.basic import BLACK, BLUE, ORANGE, SPLIT_COLOUR, VERMILION, new_figure
 from deepfake_utils.waveforms.decode import iter_audio
 
 BAND = "0.85"  # grey, of what is uncertain
@@ -118,15 +118,19 @@ def costs_of_uses(
     figure, axes = new_figure(n_rows, n_columns, size=(4.6 * n_columns, 3.0 * n_rows + 0.4), squeeze=False)
     for axis in axes.flat[len(curves) :]:
         axis.set_visible(False)
-    colours = {"dev": GREEN, "eval": BLUE}
     for axis, (use, of_splits) in zip(axes.flat, curves.items(), strict=False):
         mark = marks[use]
+        drawn = np.r_[mark["threshold"], mark["uncertain"], *(thresholds for thresholds, _ in of_splits.values())]
+        margin = 0.05 * np.ptp(drawn) or 1.0
+        low, high = drawn.min() - margin, drawn.max() + margin
         axis.axvspan(*mark["uncertain"], color=BAND, linewidth=0, label="uncertain")
         for split, (thresholds, cost) in of_splits.items():
-            axis.plot(thresholds, cost, color=colours.get(split, ORANGE), linewidth=1.6, label=split)
+            # Constant up to each log-odds, and beyond the ends, where everything is accepted or rejected.
+            axis.plot(np.r_[low, thresholds, high], np.r_[cost[0], cost, cost[-1]], drawstyle="steps-pre",
+                      color=SPLIT_COLOUR.get(split, ORANGE), linewidth=1.6, label=split)  # fmt: skip
         axis.axvline(mark["threshold"], color=BLACK, linestyle="--", linewidth=1, label="threshold, from dev")
         axis.axhline(mark["blind"], color=VERMILION, linestyle=":", linewidth=1.4, label="without listening")
-        axis.set(xlabel="threshold (log-odds)", ylabel="expected cost", ylim=(0, 1.6 * mark["blind"]))
+        axis.set(xlabel="threshold (log-odds)", ylabel="expected cost", xlim=(low, high), ylim=(0, 1.6 * mark["blind"]))
         axis.xaxis.set_major_locator(MaxNLocator(5))
         axis.set_title(use, fontsize="medium")
     figure.legend(*axes.flat[0].get_legend_handles_labels(), frameon=False, fontsize="small", ncols=5,

@@ -10,7 +10,15 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from deepfake_utils.conventions import SAMPLE_RATE_HZ
-from deepfake_utils.report.plots.basic import BLACK, BLUE, PALETTE, SKY, VERMILION, YELLOW, draw_spectrogram, new_figure
+from deepfake_utils.report.plots.basic import (
+    BLACK,
+    CURVE_COLOURS,
+    PALETTE,
+    SKY,
+    YELLOW,
+    draw_spectrogram,
+    new_figure,
+)
 
 MARKERS = "osD^vP*X<>hdp8H"
 
@@ -25,7 +33,7 @@ def filter_responses(banks: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figu
     figure, axes = new_figure(1, len(banks), size=(max(5.0, 3.3 * len(banks)), 3.0), squeeze=False, sharey=True)
     for axis, (title, (frequencies_hz, magnitudes)) in zip(axes[0], banks.items(), strict=True):
         for index, magnitude in enumerate(magnitudes):
-            colour = PALETTE[index % 3]
+            colour = CURVE_COLOURS[index % 2]
             axis.fill_between(frequencies_hz / 1000, magnitude, color=colour, alpha=0.3, linewidth=0)
             axis.plot(frequencies_hz / 1000, magnitude, color=colour, linewidth=0.8)
         axis.set(title=f"{title} (n = {len(magnitudes)})", xlabel="frequency (kHz)", xlim=(0, SAMPLE_RATE_HZ / 2000))
@@ -41,7 +49,7 @@ def cutoff_moves(before_hz: np.ndarray, after_hz: np.ndarray) -> Figure:
     """
     figure, axis = new_figure(size=(7, 3.0))
     for name, colour, marker, start, end in zip(
-        ("lower cut-off", "upper cut-off"), (BLUE, VERMILION), "v^", before_hz, after_hz, strict=True
+        ("lower cut-off", "upper cut-off"), CURVE_COLOURS, "v^", before_hz, after_hz, strict=False
     ):
         axis.plot(start / 1000, end - start, marker, color=colour, label=name)
         axis.vlines(start / 1000, 0, end - start, color=colour, linewidth=0.8)
