@@ -179,6 +179,24 @@ def test_the_hardest_are_the_most_wrong_of_each_class(trials):
     assert (hard["margin"] > 0).equals(hard["kind"].isin(["fake accepted", "real rejected"]))
 
 
+@pytest.mark.parametrize("n", [2, 16, 100])
+def test_a_small_proportional_subset_of_many_attacks_has_both_labels(n):
+    attacks = ["-"] * 66 + [f"A{i // 2:02d}" for i in range(66)]  # two trials of each attack: half a trial of 16 in 132
+    protocol = pd.DataFrame({"label": [1] * 66 + [0] * 66, "attack": attacks, "utterance": range(132)})
+    subset = division.proportional_subset(protocol.sample(frac=1, random_state=1), n, seed=0)
+    assert len(subset) == n and subset["label"].sum() == n // 2
+    assert subset.loc[subset["label"] == 0, "attack"].nunique() == min(n // 2, 33)
+
+
+def test_a_proportional_subset_keeps_the_shares_of_attacks_and_the_order_of_trials():
+    sizes = {"-": 300, "A01": 600, "A02": 60, "A03": 40}
+    attacks = np.repeat(list(sizes), list(sizes.values()))
+    protocol = pd.DataFrame({"label": (attacks == "-").astype(int), "attack": attacks, "utterance": range(1000)})
+    subset = division.proportional_subset(protocol, 100, seed=3)
+    assert subset["attack"].value_counts().to_dict() == {"-": 30, "A01": 60, "A02": 6, "A03": 4}
+    assert subset["utterance"].is_monotonic_increasing and len(division.proportional_subset(protocol, 1000, 3)) == 1000
+
+
 def test_a_balanced_subset_is_half_bona_fide_and_even_over_attacks(trials):
     subset = division.balanced_subset(trials, 12, seed=0)
     assert subset["attack"].value_counts().to_dict() == {"-": 6, "A1": 3, "B2": 3}

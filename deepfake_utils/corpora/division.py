@@ -129,9 +129,19 @@ def scored_part(protocol: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def proportional_subset(protocol: pd.DataFrame, n: int, seed: int) -> pd.DataFrame:
-    """Return about n trials with bona fide and each attack in proportion, in protocol order; all if there are fewer."""
-    share = min(1.0, n / len(protocol))
-    return protocol.groupby("attack").sample(frac=share, random_state=seed).sort_index().reset_index(drop=True)
+    """Return n trials with bona fide and each attack in proportion, in protocol order; all if there are no more.
+
+    Neither label is lost, however few are drawn (n >= 2); an attack that is rarer than one in n may be.
+    """
+    if len(protocol) <= n:
+        return protocol.reset_index(drop=True)
+    shuffled = protocol.sample(frac=1, random_state=seed).sort_values("attack", kind="stable")
+    labels = [part for _, part in shuffled.groupby("label")]
+    n_first = min(max(round(n * len(labels[0]) / len(protocol)), 1), n - 1) if len(labels) == 2 else n
+    drawn = []
+    for part, k in zip(labels, (n_first, n - n_first), strict=False):
+        drawn.append(part.iloc[((np.arange(k) + 0.5) * len(part) / k).astype(int)])  # evenly through its attacks
+    return pd.concat(drawn).sort_index().reset_index(drop=True)
 
 
 def split_by_speaker(trials: pd.DataFrame, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
