@@ -167,27 +167,19 @@ from deepfake_utils.training.plan import measure
 
 device = pick_device()
 batch = 2 if device.device.type == "cpu" else 24
-clips = 0.1 * torch.randn(2, CROP_SAMPLES, generator=torch.Generator().manual_seed(seed))
+clip = 0.1 * torch.randn(1, CROP_SAMPLES, generator=torch.Generator().manual_seed(seed))
 print(f"Device: {device.reason}")
 
 
 # %%
-from functools import partial
-
-
-def forward(model, n):
-    """One number that depends on the logits of n clips."""
-    return model(clips[:n]).logits.sum()
-
-
-def multiply_adds(model):
-    """Those of scoring one clip; on one thread, because work handed to others would not be counted."""
+def run_once(model):
+    """Multiply-adds and kept bytes of one clip; on one thread, because work handed to others would not be counted."""
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        forward(model.eval(), 1)
+    with FlopCounterMode(display=False) as counter:
+        kept = activation_bytes(lambda: model(clip).logits.sum(), besides=model.parameters())
     torch.set_num_threads(n_threads)
-    return counter.get_total_flops() / 2
+    return counter.get_total_flops() / 2, kept
 
 
 # %%
@@ -195,11 +187,11 @@ def cost_of(name):
     """Parameters, operations, memory and times of one model for clips of 4.04 s."""
     model = build_model(name, generator=torch.Generator().manual_seed(seed))
     took = measure(model, TrainingConfig(), batch, device.device, FLOAT32)
-    one, two = (activation_bytes(partial(forward, model, n)) for n in (1, 2))
+    multiply_adds, kept = run_once(model)
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "multiply_adds": multiply_adds(model),
-        "activation_bytes": two - one,
+        "multiply_adds": multiply_adds,
+        "activation_bytes": kept,
         "train_s": took.train_s,
         "score_s": took.score_s,
     }
@@ -229,7 +221,7 @@ tabulate(pd.DataFrame({
 #
 # ## What does the same short training give?
 #
-# Every model now sees as many clips as it can train on in `train_s` seconds on this machine, 16 at least, with the same
+# Every model now sees as many clips as it can train on in `train_s` seconds on this machine, 8 at least, with the same
 # recipe and from the same trials, and is scored on the same drawn part of `eval`. That is one fair question among
 # several: *what do I get for my minutes?* It favours cheap models when minutes are few, and says nothing about the
 # ranking after a full recipe. With the default of one second **most models have learned nothing yet**: an interval that
@@ -245,11 +237,11 @@ from deepfake_utils.corpora.division import proportional_subset
 def train_briefly(name):
     """Train for `train_s` seconds at the measured speed; returns what `fit` returns and the clips it saw."""
     samples = round(clip_s * SAMPLE_RATE_HZ)
-    n_clips = max(2 * 8, int(train_s / (costs["train_s"][name] * samples / CROP_SAMPLES)))
+    n_clips = max(8, int(train_s / (costs["train_s"][name] * samples / CROP_SAMPLES)))
     config = RECIPES["short"].replace(
         model=name, epochs=max(1, round(n_clips / len(train))), crop_samples=samples, eval_samples=samples, seed=seed
     )
-    part, judge = proportional_subset(train, n_clips, seed), proportional_subset(dev, 16, seed)
+    part, judge = proportional_subset(train, n_clips, seed), proportional_subset(dev, 8, seed)
     quiet = {"waveforms_dir": results.scratch, "say": lambda line: None}
     with tempfile.TemporaryDirectory() as folder:  # so short a training is not worth keeping
         return fit(part, judge, folder, config, **quiet), config.epochs * len(part)

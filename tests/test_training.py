@@ -457,6 +457,15 @@ def test_saved_activations_are_counted_once():
     weight = torch.nn.Parameter(torch.ones(1000))
     saved = memory.activation_bytes(lambda: (weight.exp() * weight.exp()).sum())
     assert saved in (8000, 12000)  # two exp results (each kept by exp and by the product), perhaps the weight
+    assert memory.activation_bytes(lambda: (weight.square() * weight.exp()).sum(), besides=[weight]) == 8000
+
+
+def test_what_takes_long_is_not_timed_often(monkeypatch):
+    times = iter([0.0, 0.1, 0.1, 0.3, 0.3, 0.9, 0.9, 1.0])  # steps of 0.1, 0.2, 0.6, 0.1 s
+    monkeypatch.setattr(plan.time, "perf_counter", lambda: next(times))
+    assert plan._usual_time(lambda: None, torch.device("cpu")) == pytest.approx(0.2)
+    times = iter([0.0, 3.0, 3.0])
+    assert plan._usual_time(lambda: None, torch.device("cpu")) == 3.0
 
 
 def test_plans_keep_the_recipe_when_it_fits_and_say_what_they_give_up(monkeypatch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -80,13 +80,19 @@ def step_bytes(
         return torch.cuda.max_memory_allocated(device) - before
 
 
-def activation_bytes(forward: Callable[[], torch.Tensor]) -> int:
-    """Bytes that autograd keeps for the backward pass of `forward`, each storage counted once."""
+def activation_bytes(forward: Callable[[], torch.Tensor], besides: Iterable[torch.Tensor] = ()) -> int:
+    """Bytes that autograd keeps for the backward pass of `forward`, each storage counted once.
+
+    Args:
+        besides: what is there anyway and is not counted, such as the model's parameters.
+    """
     storages: dict[int, int] = {}
+    there = {tensor.untyped_storage().data_ptr() for tensor in besides}
 
     def remember(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
+        if storage.data_ptr() not in there:
+            storages[storage.data_ptr()] = storage.nbytes()
         kept.append(tensor)  # alive to the end, so that no address is used twice
         return tensor
 

@@ -20,7 +20,7 @@ from deepfake_utils.training.config import RECIPES, TrainingConfig
 from deepfake_utils.training.memory import fork_rng, nothing_fits
 
 CPU_PROBE = 2  # utterances: on a CPU the time is proportional to the batch, so a small one is enough
-LONG_STEP_S = 1.0  # a first step this long is the measurement: its warm-up no longer matters
+LONG_S = 1.0  # of steps: no further one is timed
 PLANNED_SHARE = 0.85  # of the time budget: decoding, saving and drawing need the rest
 SHORT_MODELS = ("aasist-l", "lfcc-lcnn")  # 85 k parameters; 170 k, but a step costs about a tenth on a CPU
 SHORT_CROPS_S = (2.0, 1.0)
@@ -91,15 +91,13 @@ def _time_training(model: nn.Module, waveform: torch.Tensor, device: torch.devic
 def _usual_time(action: Callable[[], object], device: torch.device, repeats: int = 3) -> float:
     """The median: what a step takes on this machine as it is now, other programs included."""
     times = []
-    for repeat in range(1 + repeats):  # the first allocates and tunes
+    while len(times) < 1 + repeats and sum(times) < LONG_S:
         started = time.perf_counter()
         action()
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
-        if repeat == 0 and times[0] > LONG_STEP_S:
-            return times[0]
-    return statistics.median(times[1:])
+    return statistics.median(times[1:] or times)  # the first allocates and tunes
 
 
 @dataclass(frozen=True)
