@@ -182,6 +182,65 @@ def test_killed_in_the_middle_of_an_epoch_then_resumed_bit_for_bit(corpus, tmp_p
     assert all(torch.equal(resumed["model"][key], whole["model"][key]) for key in whole["model"])
 
 
+def result_files(folder: Path) -> dict:
+    """All that a run leaves behind, times apart."""
+    facts = json.loads((folder / "best.json").read_text())
+    timeless = ["epoch", "train_loss", "dev_eer", "best_dev_eer", "learning_rate", "micro_batches"]
+    state = load_training_state(folder / "checkpoint.pt")
+    state["state"]["history"] = pd.DataFrame(state["state"]["history"])[timeless].to_dict()
+    return {
+        "best.json": {name: value for name, value in facts.items() if name != "date"},
+        "history.csv": pd.read_csv(folder / "history.csv")[timeless].to_dict(),
+        "checkpoint.pt": plain(state),
+        **{name: (folder / name).read_bytes() for name in ("best.safetensors", "dev_scores.csv")},
+    }
+
+
+def plain(value):
+    """The same with bytes in place of tensors, to be compared by =="""
+    if isinstance(value, torch.Tensor):
+        return value.shape, value.numpy().tobytes()
+    return {key: plain(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+class Killed(BaseException):
+    """Nothing runs after it, as after SIGKILL."""
+
+
+@pytest.mark.parametrize("average", ["none", "ema", "swa"])
+def test_stopped_anywhere_and_however_a_run_ends_with_the_same_files(corpus, tmp_path, monkeypatch, average):
+    """Weights of a half epoch may have the lowest error, and are kept only until the run goes on."""
+    changes = dict(epochs=4, average=average, swa_start=0.3, ema_decay=0.5, learning_rate=1e-2, checkpoint_every_s=0.0)
+    run(corpus, tmp_path / "whole", **changes)
+    take_step, write_history, rng = training.take_step, training.write_history, np.random.default_rng(0)
+
+    def step(run, batch):
+        loss = take_step(run, batch)
+        plan["left"] -= 1
+        if plan["how"] == "Ctrl-C" and not plan["left"]:
+            os.kill(os.getpid(), signal.SIGINT)
+        return loss
+
+    def history(run, tensorboard):
+        if plan["how"] == "killed":  # after the files of the best weights, before the checkpoint
+            raise Killed
+        write_history(run, tensorboard)
+
+    monkeypatch.setattr(training, "take_step", step)
+    monkeypatch.setattr(training, "write_history", history)
+    monkeypatch.setattr(training, "is_out_of_time", lambda run: plan["how"] != "Ctrl-C" and plan["left"] <= 0)
+    stops = []
+    while "all epochs done" not in stops:
+        plan = {"how": rng.choice(["time", "Ctrl-C", "killed"]), "left": rng.integers(1, 4)}
+        try:
+            stops.append(run(corpus, tmp_path / "parts", **changes)[0].stopped)
+        except (KeyboardInterrupt, Killed) as stop:
+            stops.append(type(stop))
+    assert {KeyboardInterrupt, Killed, "time budget used up"} < set(stops)
+    whole, parts = (result_files(tmp_path / name) for name in ("whole", "parts"))
+    assert [name for name in whole if whole[name] != parts[name]] == []
+
+
 def test_ctrl_c_leaves_a_usable_checkpoint_and_says_how_to_go_on(corpus, tmp_path):
     child = start_child(corpus, tmp_path / "run")
     wait_for((tmp_path / "run" / "history.csv").is_file, child)
@@ -250,10 +309,13 @@ def test_a_checkpoint_of_another_recipe_is_refused_with_the_difference(corpus, t
 
 
 def test_time_budget_ends_the_run_in_time_and_a_new_session_goes_on(corpus, tmp_path):
-    result, said = run(corpus, tmp_path, epochs=500, time_budget_s=2.0)
-    assert result.stopped == "time budget used up" and 1 <= len(result.history) < 500
-    more, said = run(corpus, tmp_path, epochs=500, time_budget_s=2.0)
-    assert "resuming" in said and len(more.history) > len(result.history)
+    reached = [0]
+    for _ in range(2):
+        result, said = run(corpus, tmp_path, epochs=500, time_budget_s=2.0)
+        assert result.stopped == "time budget used up" and 1 <= len(result.history) < 500
+        state = load_training_state(tmp_path / "checkpoint.pt")["state"]
+        reached.append(3 * state["epoch"] + state["step"])
+    assert "resuming" in said and reached[0] < reached[1] < reached[2]
 
 
 @pytest.mark.parametrize("average", ["none", "ema", "swa"])  # an average is re-estimated in training mode to be scored

@@ -78,8 +78,9 @@ def fit(
 
     Args:
         train, dev: protocols; rows of the eval split are refused.
-        run_dir: folder of the run; an unfinished run found there is continued exactly. Where a time budget ended it
-            within an epoch, the weights of that moment were scored on dev, too, and may be those that are kept.
+        run_dir: folder of the run; an unfinished run found there is continued exactly. Where a time budget ends it
+            within an epoch, the weights of that moment are scored on dev, too, and may be those that are kept, until
+            it is continued.
         config: the recipe; None is the published AASIST recipe.
         model: start from a copy of these weights instead of fresh ones; its architecture must be `config`'s.
         device: "auto", "cpu", "cuda" or "cuda:N".
@@ -160,11 +161,13 @@ def _train(run: Run, interrupts: Interrupts, on_epoch) -> str:
                 if time.monotonic() - run.saved_at >= config.checkpoint_every_s:
                     _save(run)
         read_losses(run)
+        if state.step < run.steps_per_epoch:  # time is up, and the next session goes on from here
+            going_on.close_within_epoch(run)
         train_s = time.monotonic() - epoch_started
         row = epoch_row(run, score_dev(run), train_s, batches.wait_s, (state.step - first_step) * config.batch_size)
         with interrupts.held():
             state.history = [*(old for old in state.history if old["epoch"] != row["epoch"]), row]
-            if state.step >= run.steps_per_epoch:  # else time is up, and the next session goes on from here
+            if not run.is_closed:
                 state.epoch, state.step, state.loss_sum = state.epoch + 1, 0, 0.0
             run.gpu_busy.clear()
             say_epoch(run, row)
@@ -262,7 +265,8 @@ def read_losses(run: Run) -> None:
             f"{', '.join(map(str, names))}. The last good checkpoint is kept. Look for damaged recordings; or lower "
             "learning_rate, set clip_norm, or use precision='fp32'"
         )
-    run.state.loss_sum += float(losses.sum())
+    for loss in losses.tolist():  # one by one: the sum is the same however many are read at once
+        run.state.loss_sum += loss
     run.unread.clear()
     if run.device.type == "cuda":
         run.gpu_busy.append(gpu_utilisation(run.device))

@@ -23,6 +23,7 @@ from deepfake_utils.training.config import TrainingConfig
 from deepfake_utils.training.run import Run, State
 
 CHECKPOINT = "checkpoint.pt"
+BEST_FILES = ("best.safetensors", "best.json", "dev_scores.csv")
 VERSION = 2  # of the checkpoint's contents
 # Settings that may change between a run and its resumption without changing what is computed; teachers may move, and
 # are known by their fingerprints.
@@ -132,6 +133,9 @@ def restore(run: Run, saved: dict) -> None:
         run.scaler.load_state_dict(saved["scaler"])
     if run.average is not None:
         run.average.load_state_dict(saved["average"])
+    if run.world.is_main:
+        for name, content in saved.get("best_files", {}).items():
+            _write(run.folder / name, memoryview(content.numpy()))
     torch.set_rng_state(saved["rng_cpu"])
     if run.device.type == "cuda" and saved["rng_cuda"] is not None:
         torch.cuda.set_rng_state(saved["rng_cuda"], run.device)
@@ -141,10 +145,27 @@ def restore(run: Run, saved: dict) -> None:
 
 
 def save_checkpoint(run: Run) -> None:
-    """Write the run's snapshot; an error keeps the last one."""
+    """Write the run's snapshot, if it is still the run that goes on; an error keeps the last one."""
     run.saved_at = time.monotonic()
-    if run.world.is_main:
+    if run.world.is_main and not run.is_closed:
         save_training_state(run.folder / CHECKPOINT, snapshot(run))
+
+
+def close_within_epoch(run: Run) -> None:
+    """Write the last checkpoint of a session whose time is up, with the files that were best until now.
+
+    The weights of this moment may then be kept in their place; the session that goes on puts them back, as it
+    is to end where it would have ended without the stop.
+    """
+    if run.world.is_main:
+        kept = [run.folder / name for name in BEST_FILES if run.state.best_epoch >= 0]
+        best = {path.name: _bytes_of(path) for path in kept if path.is_file()}
+        save_training_state(run.folder / CHECKPOINT, snapshot(run) | {"best_files": best})
+    run.is_closed = True
+
+
+def _bytes_of(path: Path) -> torch.Tensor:
+    return torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
 
 
 def save_training_state(path: str | os.PathLike, state: dict) -> None:
@@ -155,8 +176,12 @@ def save_training_state(path: str | os.PathLike, state: dict) -> None:
     """
     content = io.BytesIO()
     torch.save(state, content)  # in memory: onto a full disk it fails in words of its own file format
-    with clear_on_full_disk(path, content.getbuffer().nbytes), atomic_write(path) as part:
-        part.write_bytes(content.getbuffer())
+    _write(path, content.getbuffer())
+
+
+def _write(path: str | os.PathLike, content: memoryview) -> None:
+    with clear_on_full_disk(path, content.nbytes), atomic_write(path) as part:
+        part.write_bytes(content)
 
 
 def load_training_state(path: str | os.PathLike) -> dict:

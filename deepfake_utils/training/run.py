@@ -91,6 +91,7 @@ class Run:
     state: State
     pace: Pace
     saved_at: float = field(default_factory=time.monotonic)
+    is_closed: bool = False  # time was up within an epoch: what follows is not part of the run that goes on
     unread: list[tuple[torch.Tensor, np.ndarray]] = field(default_factory=list)  # losses still on the device, and rows
     gpu_busy: list[float] = field(default_factory=list)  # shares of the time, this epoch
 
