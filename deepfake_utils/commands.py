@@ -219,8 +219,8 @@ def score(options: argparse.Namespace) -> int:
             with closing(detector.verdicts(files)) as verdicts:
                 bar = tqdm(verdicts, "scoring", len(files), unit="file", leave=False, disable=len(files) == 1)
                 for path, verdict in zip(files, bar, strict=True):
-                    counts[getattr(verdict, "verdict", "unreadable")] += 1
                     outputs.add(path, verdict)
+                    counts[getattr(verdict, "verdict", "unreadable")] += 1
                     if draw:
                         draw(path, verdict, detector.uncertain)
         finally:

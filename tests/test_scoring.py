@@ -14,7 +14,9 @@ from torch import nn
 from deepfake_utils import load_model, score_files, score_protocol
 from deepfake_utils.conventions import AudioError, ScoreError
 from deepfake_utils.models.layers import CMOutput
+from deepfake_utils.scoring.detector import Detector
 from deepfake_utils.scoring.score import made_ahead
+from deepfake_utils.waveforms import open_source
 
 
 class MeanLevel(nn.Module):
@@ -83,6 +85,24 @@ def test_files_and_protocols_hear_the_same_numbers(tmp_path):
     files = score_files(paths, model, device="cpu", progress=None)["score"]
     protocol = score_protocol(model, protocol_of(paths), device="cpu", progress=None)["score"]
     assert files.tolist() == protocol.tolist() and files.between(2.9e-5, 3.1e-5).all()
+
+
+def test_files_protocols_opened_waveforms_detector_and_stream_give_the_same_numbers(recordings):
+    model, protocol = MeanLevel(), protocol_of(recordings)
+    found = {
+        "files": score_files(recordings, model, device="cpu", progress=None)["score"],
+        "protocol": score_protocol(model, protocol, device="cpu", progress=None)["score"],
+        "opened": score_protocol(model, protocol, source=open_source(protocol, "cache"), device="cpu", progress=None)[
+            "score"
+        ],
+    }
+    facts = {"score": "logit of bona fide"}
+    detector = Detector(model, facts, use=None, device=torch.device("cpu"), engine="by hand", whole=False)
+    found["detector"] = detector.score(recordings, progress=None)["logit_bonafide"]
+    found["stream"] = [detector(soundfile.read(path)[0], 16_000).windows[0].logit_bonafide for path in recordings]
+    for way, scores in found.items():
+        assert list(scores) == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5], abs=1e-4), way
+        assert list(scores) == pytest.approx(list(found["files"]), abs=1e-6), way
 
 
 def test_a_long_recording_takes_no_more_memory_than_its_beginning(tmp_path):

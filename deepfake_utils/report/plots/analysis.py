@@ -17,6 +17,7 @@ from deepfake_utils.report.plots.basic import (
     CURVE_COLOURS,
     DET_TICKS,
     GREEN,
+    MARKERS,
     ORANGE,
     PALETTE,
     PURPLE,
@@ -30,7 +31,6 @@ from deepfake_utils.report.plots.basic import (
     slant_long_names,
 )
 
-MARKERS = "osD^vP*X<>hdp8H"
 CLASS_NAME = {BONAFIDE: "bona fide", SPOOF: "spoof"}
 
 

@@ -26,6 +26,7 @@ BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, YELLOW, BLACK = PALETTE = (
 CLASS_COLOUR = {BONAFIDE: BLUE, SPOOF: VERMILION}
 SPLIT_COLOUR = {"dev": GREEN, "eval": PURPLE}
 CURVE_COLOURS = (GREEN, PURPLE, BLACK, ORANGE, SKY, YELLOW)  # of systems, splits and forms: none is that of a class
+MARKERS = "osD^vP*X<>hdp8H"
 DYNAMIC_RANGE_DB = 80.0  # of spectrograms: what is further below the maximum is drawn as silence
 DET_TICKS = (0.001, 0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9)
 

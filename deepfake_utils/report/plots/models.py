@@ -13,14 +13,13 @@ from deepfake_utils.conventions import SAMPLE_RATE_HZ
 from deepfake_utils.report.plots.basic import (
     BLACK,
     CURVE_COLOURS,
+    MARKERS,
     PALETTE,
     SKY,
     YELLOW,
     draw_spectrogram,
     new_figure,
 )
-
-MARKERS = "osD^vP*X<>hdp8H"
 
 
 def filter_responses(banks: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:

@@ -1,6 +1,6 @@
 """Time of each augmentation recipe and effect for one batch, as a ratio to a matrix product timed in the same run.
 
-    python tests/benchmarks/augment.py [--device cuda] [--rounds 7] [--batch-size 24]
+    python tests/benchmarks/augmentation_speed.py [--device cuda] [--rounds 7] [--batch-size 24]
 
 Rounds are interleaved, so that a busy machine slows everything alike; the median round is reported.
 """
