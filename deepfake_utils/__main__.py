@@ -28,14 +28,15 @@ class Parser(argparse.ArgumentParser):
 
 def build_parser() -> Parser:
     """The commands and their arguments."""
+    prog = "python -m deepfake_utils"
     parser = Parser(
-        prog="python -m deepfake_utils", description="Detect AI-generated speech: corpora, scores, figures."
+        prog=prog,
+        usage="%(prog)s COMMAND ...",
+        description="Detect AI-generated speech: corpora, scores, figures.",
+        epilog="COMMAND --help tells what a command takes; README.md shows them in use.",
     )
     parsers = parser.add_subparsers(
-        required=True,
-        metavar="find | collect | train | calibrate | reference | score | evaluate | export | browser | serve | "
-        "monitor | retrain | rollback",
-        parser_class=Parser,
+        required=True, prog=prog, title="commands", metavar="COMMAND NAME", parser_class=Parser
     )
 
     command = parsers.add_parser("find", help="list the corpora in folders", description=commands.find.__doc__)
@@ -49,9 +50,11 @@ def build_parser() -> Parser:
     )
     command.add_argument("folder", metavar="FOLDER", type=Path, help="where the corpus is or will be; it is completed")
     command.add_argument("--licence", choices=("any", "stated"), default="any",
-                         help="stated: leave out what comes without a licence")  # fmt: skip
+                         help="stated: leave out what comes without a licence; default: any")  # fmt: skip
     command.add_argument("--mirrors", metavar="DIR", type=Path, help="folder with git copies of the repositories")
-    command.add_argument("--limit-mb", metavar="MB", type=float, help="a small part of every split and family")
+    command.add_argument(
+        "--limit-mb", metavar="MB", type=float, help="only so much: a small part of every split and family"
+    )
     command.add_argument("--synthesise", metavar="N", type=int, default=0,
                          help="add N clips from the speech engines installed here")  # fmt: skip
     command.add_argument("--engines", metavar="NAME", nargs="+", default=(), help="only these of them")
@@ -61,10 +64,11 @@ def build_parser() -> Parser:
     command.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="folder of the run")
     command.add_argument("--data", metavar="FOLDER", type=Path, help="start a run on the corpus in this folder; "
                          "without it the run in RUN_DIR goes on")  # fmt: skip
-    command.add_argument("--recipe", choices=("paper", "short", "open"), default="paper", help="settings to start from")
+    command.add_argument("--recipe", choices=("paper", "short", "open"), default="paper",
+                         help="settings to start from; default: paper, which is AASIST's")  # fmt: skip
     command.add_argument("--set", metavar="NAME=VALUE", action="append", default=[],
                          help="change a setting of the recipe, such as epochs=5; may be repeated")  # fmt: skip
-    command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    command.add_argument("--device", default="auto", help="auto (the default), cpu, cuda or cuda:N")
     command.set_defaults(run=commands.train)
 
     command = parsers.add_parser("calibrate", help="fit thresholds on dev, judge them on eval",
@@ -72,15 +76,19 @@ def build_parser() -> Parser:
     command.add_argument("weights", metavar="WEIGHTS", type=Path, help="a .safetensors or .onnx file with its JSON")
     command.add_argument("--data", metavar="FOLDER", type=Path, required=True, help="corpus with dev and eval splits")
     command.add_argument("--hosts", metavar="N", type=int, default=40, help="real recordings that fakes are spliced "
-                         "into, a split; 0 leaves pooling and marks as they are")  # fmt: skip
-    command.add_argument("--most", metavar="N", type=int, default=60, help="recordings of each source and label")
+                         "into, a split (default: 40); 0 leaves pooling and marks as they are")  # fmt: skip
+    command.add_argument("--most", metavar="N", type=int, default=60,
+                         help="recordings of each source and label (default: 60)")  # fmt: skip
     command.set_defaults(run=commands.calibrate)
 
-    command = parsers.add_parser("reference", help="what drift is told by", description=commands.reference.__doc__)
+    command = parsers.add_parser(
+        "reference", help="measure what drift is told by", description=commands.reference.__doc__
+    )
     command.add_argument("weights", metavar="WEIGHTS", type=Path, help="a .safetensors or .onnx file with its JSON")
     command.add_argument("--data", metavar="FOLDER", type=Path, required=True, help="corpus with a dev split, of "
                          "recordings like those the service is meant for")  # fmt: skip
-    command.add_argument("--most", metavar="N", type=int, default=1000, help="recordings, drawn in proportion")
+    command.add_argument("--most", metavar="N", type=int, default=1000,
+                         help="recordings, drawn in proportion (default: 1000)")  # fmt: skip
     command.set_defaults(run=commands.reference)
 
     command = parsers.add_parser("score", help="say which recordings are real and which are fake",
@@ -96,7 +104,7 @@ def build_parser() -> Parser:
     command.add_argument("--use", choices=("call-centre", "moderation", "forensic"),
                          help="what the verdicts are for: sets how common fakes are taken to be and what errors cost; "
                          "default: half are fake, both errors equally bad")  # fmt: skip
-    command.add_argument("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:N")
+    command.add_argument("--device", default="auto", metavar="DEVICE", help="auto (the default), cpu, cuda or cuda:N")
     command.add_argument("--first-window", action="store_true", help="take only the first 4.04 s of every recording, "
                          "silence included, as the scores of the ASVspoof corpora are computed")  # fmt: skip
     command.add_argument("--csv", metavar="FILE", type=Path, help="write every verdict as a row; - is standard output")
@@ -115,13 +123,15 @@ def build_parser() -> Parser:
     command.add_argument("--protocol", metavar="FILE", type=Path, required=True,
                          help="official protocol or key file, or a table with columns utterance and label")  # fmt: skip
     command.add_argument("--asv-scores", metavar="FILE", type=Path, help="ASV scores of the same split, for the t-DCF")
-    command.add_argument("--higher-is", choices=("bonafide", "spoof"), help="what a high score in the file means")
+    command.add_argument("--higher-is", choices=("bonafide", "spoof"), help="what a high score in the file means; "
+                         "default: what its dialect says, else bonafide")  # fmt: skip
     command.add_argument(
         "--one-is", choices=("bonafide", "spoof"), help="what a label 1 means, where labels are numbers"
     )
     command.add_argument("--by", metavar="COLUMN", action="append", help="break down by this column; may be repeated")
     command.add_argument("--phase", help="ASVspoof 2021: only progress, eval or hidden")
-    command.add_argument("--n-bootstrap", metavar="N", type=int, default=1000, help="replicates; 0: no intervals")
+    command.add_argument("--n-bootstrap", metavar="N", type=int, default=1000,
+                         help="bootstrap replicates of each interval (default: 1000); 0: no intervals")  # fmt: skip
     command.add_argument("--json", metavar="FILE", type=Path, help="write all figures, rates as fractions")
     command.add_argument("--html", metavar="FILE", type=Path, help="write one self-contained report page")
     command.set_defaults(run=commands.evaluate)
@@ -133,7 +143,7 @@ def build_parser() -> Parser:
     command.add_argument("--models", metavar="FOLDER", type=Path, help="with current.json, which names the weights in "
                          "service; default: models in the folder")  # fmt: skip
     command.add_argument("--use", choices=("call-centre", "moderation", "forensic"), help="as for score")
-    command.add_argument("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:N")
+    command.add_argument("--device", default="auto", metavar="DEVICE", help="auto (the default), cpu, cuda or cuda:N")
     command.add_argument("--host", default="127.0.0.1", help="address to listen on; default: this machine alone")
     command.add_argument("--port", type=int, default=8000, help="default: 8000; 0 takes a free one")
     command.add_argument("--fleet", action="store_true", help="as replicas on the Ray cluster of RAY_ADDRESS, or on "
@@ -169,7 +179,9 @@ def build_parser() -> Parser:
     command.add_argument("--days", metavar="N", type=float, default=7.0, help="how far to look back (default: 7)")
     command.add_argument("--false-alarms", metavar="P", type=float, default=0.01,
                          help="probability of an alarm in a report without drift (default: 0.01)")  # fmt: skip
-    command.add_argument("--notebooks", metavar="FOLDER", type=Path, help="where run.py lies")
+    command.add_argument(
+        "--notebooks", metavar="FOLDER", type=Path, help="with run.py in it; default: that of the repository"
+    )
     command.set_defaults(run=commands.monitor)
 
     command = parsers.add_parser("retrain", help="learn from feedback", description=commands.retrain.__doc__)
@@ -184,7 +196,9 @@ def build_parser() -> Parser:
     command.add_argument("--rules", metavar="FILE", type=Path, help="instead of serving/rules.toml of the package")
     command.add_argument("-p", nargs=2, metavar=("NAME", "VALUE"), action="append", default=[], dest="parameters",
                          help="set a parameter of notebooks 02 and 03, instead of as the base had it")  # fmt: skip
-    command.add_argument("--notebooks", metavar="FOLDER", type=Path, help="where run.py lies")
+    command.add_argument(
+        "--notebooks", metavar="FOLDER", type=Path, help="with run.py in it; default: that of the repository"
+    )
     command.set_defaults(run=commands.retrain)
 
     command = parsers.add_parser(

@@ -38,6 +38,10 @@ def test_tandem_minimum_is_marked_where_it_is():
     figure = plots.tandem_cost({"2019": (np.array([1.0, 0.25, 0.5, 2.0]), thresholds)}, operating_point=2.0)
     marker = next(line for line in figure.axes[0].lines if line.get_marker() == "o")
     assert [float(marker.get_xdata()[0]), float(marker.get_ydata()[0])] == [1.0, 0.25]
+    [curve] = (line for line in figure.axes[0].lines if line.get_label().startswith("2019"))
+    assert curve.get_drawstyle() == "steps-pre"  # from 1.5 on as much is accepted as from 2.0 on
+    between = plots.tandem_cost({"2019": (np.array([1.0, 0.25, 0.5, 2.0]), thresholds)}, operating_point=1.5)
+    assert "costs 0.5000 (2019)" in text_of(between)
     words = text_of(figure)
     assert "minimum 0.2500 at 1" in words and "threshold chosen on dev: costs 0.5000 (2019)" in words
 

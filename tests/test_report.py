@@ -105,6 +105,9 @@ def test_the_page_needs_nothing_but_itself(case, result, tmp_path):
     assert read.links and all(link.startswith("data:image/png;base64,") for link in read.links)
     assert all(base64.b64decode(link.split(",")[1]).startswith(b"\x89PNG") for link in read.links)
     words = " ".join(read.words)
+    assert "a high score says bona fide" in words and "(95 % interval " in words
+    kinds = re.findall(r'<table[^>]*class="dataframe (\w+)"', path.read_text(encoding="utf-8"))
+    assert kinds == ["meaning", "figures", "figures"]  # the last column is a sentence in the first one alone
     for said in ("A & B", "only a demo", "<A1>", "alaw", f"{100 * result['eer']:.2f}", "10 speakers", "by speaker"):
         assert said in words
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]

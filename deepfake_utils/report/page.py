@@ -22,6 +22,7 @@ from deepfake_utils.report.tables import (
     attack_table,
     breakdown_table,
     headline_table,
+    interval_name,
     percent,
     percent_interval,
 )
@@ -87,7 +88,8 @@ def _how(result: dict) -> str:
     speakers = f" of {result['n_speakers']:,} speakers" if result["n_speakers"] else ""
     text = (
         f"{result['n_bonafide']:,} bona fide and {result['n_spoof']:,} spoofed trials{speakers}. Score file: "
-        f"{result['score_dialect']}; in it a high score is {result['higher_is']}. A trial is accepted as bona fide "
+        f"{result['score_dialect']}; in it a high score says "
+        f"{result['higher_is'].replace('bonafide', 'bona fide')}. A trial is accepted as bona fide "
         f"from {result['threshold']:.6g} on ({result['threshold_source']}): {percent(result['p_miss'])} % of the real "
         f"recordings are rejected, {percent(result['p_fa'])} % of the fake ones accepted."
     )
@@ -108,7 +110,8 @@ def _table(table: pd.DataFrame) -> str:
     """A table as HTML, cut off with a word about it where it is long."""
     left_out = len(table) - MAX_ROWS
     more = f"<p>{left_out:,} more rows are not shown.</p>" if left_out > 0 else ""
-    return table.head(MAX_ROWS).to_html(index=False, border=0, escape=True, na_rep="-") + more
+    kind = "meaning" if table.columns[-1] == "meaning" else "figures"  # sentences begin at one edge, figures end at one
+    return table.head(MAX_ROWS).to_html(index=False, border=0, escape=True, na_rep="-", classes=kind) + more
 
 
 def _picture(figure: Figure, alternative: str) -> str:
@@ -124,14 +127,15 @@ body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 62rem; m
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; border-bottom: 1px solid #ccc; padding-top: 1rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .8rem 0; }
 th, td { padding: .2rem .7rem; border-bottom: 1px solid #e4e4e4; text-align: right; vertical-align: top; }
-th:first-child, td:first-child, td:last-child, th:last-child { text-align: left; }
+th:first-child, td:first-child, .meaning td:last-child, .meaning th:last-child { text-align: left; }
+td:not(:last-child) { white-space: nowrap; }
 img { max-width: 100%; vertical-align: top; } .note, .notice { border-left: 4px solid #D55E00; padding-left: .8rem; }
 .big { font-size: 1.35rem; }
 """
 
 
 def _page(title: str, notice: str, result: dict, parts: list[str]) -> str:
-    interval = f" ({percent_interval(result['eer_ci'])} %)" if result["eer_ci"] else ""
+    interval = f" ({interval_name(result)} {percent_interval(result['eer_ci'])})" if result["eer_ci"] else ""
     lead = f"<p class=big>EER {percent(result['eer'])} %{interval}</p>"
     warning = f"<p class=notice>{html.escape(notice)}</p>" if notice else ""
     return (

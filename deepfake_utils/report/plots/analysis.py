@@ -83,7 +83,8 @@ def tandem_cost(
     """Normalised tandem detection cost over the countermeasure's threshold, the minimum marked.
 
     Args:
-        costs: form ("2019", "2021") -> (cost (n,), thresholds (n,)), as `metrics.tandem_curve` gives them.
+        costs: form ("2019", "2021") -> (cost (n,), thresholds (n,)), as `metrics.tandem_curve` gives them: what is
+            accepted from a score on is accepted from anywhere between it and the score below, so steps lead up to it.
         operating_point: threshold that was chosen beforehand on dev, drawn; the legend says what it costs.
     """
     figure, axis = new_figure(size=(7.4, 3.8))
@@ -94,7 +95,7 @@ def tandem_cost(
         finite = np.isfinite(thresholds)
         cost, thresholds = cost[finite], thresholds[finite]
         best = int(np.argmin(cost))
-        axis.step(thresholds, cost, where="post", color=colour, linestyle=style, linewidth=1.4,
+        axis.step(thresholds, cost, where="pre", color=colour, linestyle=style, linewidth=1.4,
                   label=f"{form} form: minimum {cost[best]:.4f} at {thresholds[best]:.3g}")  # fmt: skip
         axis.plot(thresholds[best], cost[best], "o", color=colour, markersize=7, markeredgecolor="white")
     axis.axhline(1, color="0.6", linewidth=0.8, linestyle=":", label="a constant decision")
