@@ -36,7 +36,12 @@ def build_parser() -> Parser:
         epilog="COMMAND --help tells what a command takes; README.md shows them in use.",
     )
     parsers = parser.add_subparsers(
-        required=True, prog=prog, title="commands", metavar="COMMAND NAME", parser_class=Parser
+        required=True,
+        prog=prog,
+        title="commands",
+        metavar="find | collect | train | calibrate | reference | score | evaluate | export | browser | serve | "
+        "monitor | retrain | rollback",
+        parser_class=Parser,
     )
 
     command = parsers.add_parser("find", help="list the corpora in folders", description=commands.find.__doc__)

@@ -69,22 +69,23 @@ of_version = verdicts[verdicts["model"] == version] if versions.current else ver
 print(f"{len(verdicts):,} verdicts in {days:g} days, {len(of_version):,} of them by {version}, now in service.")
 
 # %% [markdown]
-# ## The last days
+# ## What was judged in the last days?
 #
-# Every verdict of the time, whichever weights gave it. A jump on the day of a promotion is the new weights; one without
-# is the world.
+# **Real** and **fake** are the verdicts on a recording, and **uncertain** where the weights cannot tell; without enough
+# speech there is none. Log-odds above 0 speak for real. The picture has every verdict of the time, whichever weights
+# gave it. A jump on the day of a promotion is the new weights; one without is the world.
 
 # %%
 if len(verdicts):
     span_days = (verdicts["at"].max() - verdicts["at"].min()).total_seconds() / 86_400
     show(plots.verdicts_over_time(verdicts, "1D" if span_days > 2 else "1h"), "verdicts")
     shares = verdicts.groupby("model")["verdict"].value_counts(normalize=True).unstack(fill_value=0)
-    tabulate((100 * shares).round(1).add_suffix(", %").reset_index())
+    tabulate((100 * shares).add_suffix(" %").reset_index(names="weights"))
 else:
     print("No verdicts in this time.")
 
 # %% [markdown]
-# ## Drift
+# ## Do the recordings still resemble those of the reference?
 #
 # Each curve is a cumulative distribution: at any height, how far apart the two lie is how differently so many of the
 # recordings sound. **Distance** is the largest gap, from 0 (alike) to 1. **p** is for the whole report: all tests
@@ -93,8 +94,9 @@ else:
 
 # %%
 from deepfake_utils.conventions import DeepfakeUtilsError
+from deepfake_utils.report.tables import drift_table
 
-axes = {"score": "log-odds of real speech", "level_db": "level (dB below full scale)",
+axes = {"score": "log-odds of real speech", "level_db": "level (dB re full scale)",
         "bandwidth_hz": "bandwidth (Hz)", "seconds": "duration (s)"}
 report, problem = None, ""
 try:
@@ -107,7 +109,7 @@ if report is None:
     print(f"Drift cannot be judged: {problem}")
 else:
     print(f"Tested: {sampled}. Reference: {len(reference):,} recordings, {reference.attrs['made_from']}.")
-    tabulate(report)
+    tabulate(drift_table(report))
     show(plots.drift_panels(reference, chosen, axes), "drift")
 
 # %%
@@ -118,19 +120,20 @@ words = "not judged" if report is None else f"**drift in {', '.join(drifted)}**"
 display(Markdown(f"Result: {words}."))
 
 # %% [markdown]
-# ## Who is heard
+# ## Who is heard?
 #
-# A client with most of the recordings decides what the figures above say.
+# A client with most of the recordings decides what the figures above say. The ten with the most:
 
 # %%
 by_client = verdicts.groupby("client").agg(
-    recordings=("id", "size"), median_log_odds=("score", "median"), median_level_db=("level_db", "median"),
-    without_verdict=("score", lambda scores: scores.isna().mean()),
+    recordings=("id", "size"), odds=("score", "median"), level=("level_db", "median"),
+    silent=("score", lambda scores: 100 * scores.isna().mean()),
 )
-tabulate(by_client.nlargest(10, "recordings").reset_index())
+words = {"odds": "median log-odds", "level": "median level (dB re full scale)", "silent": "without verdict %"}
+tabulate(by_client.nlargest(10, "recordings").rename(columns=words).reset_index())
 
 # %% [markdown]
-# ## What clients said
+# ## What did clients say?
 #
 # People report what surprises them, so the share of wrong verdicts among feedback is no error rate. Only confirmed
 # feedback is learned from.
@@ -140,16 +143,18 @@ feedback = records.feedback().merge(records.verdicts(), left_on="verdict_id", ri
 feedback["said"] = feedback["truth"].map({"bonafide": "is real", "spoof": "is fake"})
 if len(feedback):
     counts = feedback.groupby(["verdict", "said", "confirmed"]).size().rename("recordings").reset_index()
-    tabulate(counts)
+    counts["confirmed"] = counts["confirmed"].map({True: "yes", False: "no"})
+    tabulate(counts.rename(columns={"said": "the client says it"}))
 else:
     print("No feedback yet.")
 
 # %% [markdown]
-# ## What was decided
+# ## What was decided about the weights?
 
 # %%
-decisions = [{"at": line["at"], "event": line["event"], "version": line.get("version", ""),
-              "reasons": "; ".join(line.get("reasons", []))} for line in versions.history()]
+decisions = [{"when (UTC)": line["at"][:16].replace("T", " "), "event": line["event"],
+              "weights": line.get("version", ""), "reasons": "; ".join(line.get("reasons", [])) or "-"}
+             for line in versions.history()]
 if decisions:
     tabulate(pd.DataFrame(decisions).tail(20))
 else:

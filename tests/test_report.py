@@ -14,6 +14,7 @@ from deepfake_utils.evaluation import compare
 from deepfake_utils.evaluation.calibration import PRESETS, fit_calibration, operating_point
 from deepfake_utils.evaluation.metrics import compute_eer
 from deepfake_utils.report import page, tables
+from deepfake_utils.serving.drift import find_drift
 from deepfake_utils.training.config import TrainingConfig
 
 
@@ -160,3 +161,18 @@ def test_settings_that_depart_from_the_paper_are_in_words_and_units():
     assert table.loc["weights of spoof, bona fide"].tolist() == ["0.5, 0.5", "0.1, 0.9"]
     assert table.loc["schedule", "here"] == "one cycle" and table.loc["highest gradient norm (0: any)", "here"] == "5"
     assert len(table) == 4 and not any("_" in text for text in table.to_string())
+
+
+def test_drift_is_told_in_words_and_units():
+    rng = np.random.default_rng(0)
+    made = {"score": rng.normal(size=50), "level_db": -25.0, "bandwidth_hz": 5430.0, "seconds": rng.uniform(1, 9, 50)}
+    reference = pd.DataFrame(made)
+    reference.loc[:4, "score"] = np.nan
+    table = tables.drift_table(find_drift(reference, reference.assign(level_db=-31.0))).set_index("median or share")
+    assert table.loc["level (dB re full scale)"].tolist() == ["-25", "-31", "50 and 50", "1.00", "under 0.001", "yes"]
+    assert table.loc["without a verdict (%)", ["in the reference", "in the service", "drift"]].tolist() == [
+        "10",
+        "10",
+        "no",
+    ]
+    assert not any("_" in name for name in table.columns)

@@ -306,6 +306,32 @@ def cost_table(uses: dict, judged: dict[str, dict]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def drift_table(report: pd.DataFrame) -> pd.DataFrame:
+    """What drifted, in words and units: a row a test.
+
+    Args:
+        report: what `serving.drift.find_drift` returned; shares become percent.
+    """
+    units = {"score": ("score (log-odds)", 1), "level": ("level (dB re full scale)", 1),
+             "bandwidth": ("bandwidth (Hz)", 1), "duration": ("duration (s)", 1),
+             "no verdict": ("without a verdict (%)", 100)}  # fmt: skip
+    rows = [
+        {
+            "median or share": units[row["what"]][0],
+            **{
+                f"in the {when}": "-" if pd.isna(row[name]) else f"{units[row['what']][1] * row[name]:.4g}"
+                for when, name in (("reference", "before"), ("service", "now"))
+            },
+            "recordings": f"{row['n_reference']:,} and {row['n']:,}",
+            "distance": "-" if pd.isna(row["distance"]) else f"{row['distance']:.2f}",
+            "p": "-" if pd.isna(row["p"]) else "under 0.001" if row["p"] < 0.001 else f"{row['p']:.3f}",
+            "drift": "yes" if row["drifted"] else "no",
+        }
+        for _, row in report.iterrows()
+    ]
+    return pd.DataFrame(rows)
+
+
 def artefact_table(artefacts: pd.DataFrame) -> pd.DataFrame:
     """One row an artefact: size, time, EER with interval, what its numbers cost against float32.
 

@@ -50,8 +50,9 @@ def verdicts_over_time(verdicts: pd.DataFrame, every: str = "1D") -> Figure:
         above.bar(counts.index, counts[word], width, bottom=bottom, label=word, color=VERDICT_COLOUR[word],
                   hatch=hatch, edgecolor="white")  # fmt: skip
         bottom += counts[word].to_numpy()
-    above.set(ylabel="recordings", title=f"n = {len(verdicts):,} recordings, UTC")
-    above.legend(fontsize=7, ncols=4, frameon=False)
+    above.set(ylabel="recordings")
+    above.set_title(f"n = {len(verdicts):,} recordings, days and hours of UTC", loc="left", fontsize="medium")
+    above.legend(fontsize="small", ncols=4, frameon=False, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)
     quartiles = verdicts.dropna(subset="score").groupby(stretch)["score"].quantile([0.25, 0.5, 0.75]).unstack()
     if len(quartiles):
         errors = [quartiles[0.5] - quartiles[0.25], quartiles[0.75] - quartiles[0.5]]
