@@ -58,6 +58,9 @@ def test_a_recording_is_dropped_judged_and_disputed_by_keyboard(running, recordi
         "[document.querySelectorAll('#timeline rect').length, document.querySelectorAll('#windows tr').length]"
     )
     assert n_bars == n_rows == 3
+    caption, reason = page.js("['figcaption', '#reason'].map(name => document.querySelector(name).textContent)")
+    assert "up, green" in caption and "down, red" in caption and caption.endswith("from 0 to 8.0 s")
+    assert reason[0].isupper() and reason.endswith(".")
     spoken = page.spoken()
     assert ("region", word) in spoken, spoken
     assert any("of 3 windows sound fake" in name for _, name in spoken), spoken
@@ -94,7 +97,7 @@ def test_what_cannot_be_read_is_said(page, tmp_path):
     (tmp_path / "letter.txt").write_text("no recording")
     page.choose("#file", tmp_path / "letter.txt")
     page.until("document.getElementById('status').className == 'problem'")
-    assert "cannot be decoded" in page.js("document.getElementById('status').textContent")
+    assert "the recording cannot be decoded" in page.js("document.getElementById('status').textContent")
     assert ("status", "") in page.spoken() or any("cannot be decoded" in name for _, name in page.spoken())
 
 

@@ -76,7 +76,7 @@ def name_of(source: AudioFile) -> str:
         return f"a recording of {len(source)} bytes"
     if hasattr(source, "read"):
         name = getattr(source, "name", None)
-        return name if isinstance(name, str) else "a recording without a name"
+        return name if isinstance(name, str) else "the recording"
     name = os.fspath(source)
     return "standard input" if name == "-" else name.encode("utf-8", "backslashreplace").decode()
 

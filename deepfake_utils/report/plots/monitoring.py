@@ -29,6 +29,7 @@ def drift_panels(reference: pd.DataFrame, stream: pd.DataFrame, axes: Mapping[st
                 name = "reference" if table is reference else "now"
                 axis.ecdf(values, label=f"{name}, n = {len(values):,}", linewidth=1.6, **style)
         axis.set(xlabel=label)
+        axis.locator_params(axis="x", nbins=4)
         axis.legend(fontsize=7, loc="lower right", frameon=False)
     panels[0, 0].set(ylabel="share of recordings at or below")
     return figure

@@ -39,7 +39,7 @@ function show(answer) {
   $("word").className = `word ${kind}`;
   $("odds").textContent = answer.probability_fake === null ? "" : `Probability that it is fake: ` +
     `${percent(answer.probability_fake)}, if ${percent(answer.prior_fake)} of such recordings are.`;
-  $("reason").textContent = `${answer.reason}.`;
+  $("reason").textContent = `${answer.reason.charAt(0).toUpperCase()}${answer.reason.slice(1)}.`;
   $("warnings").replaceChildren(...answer.warnings.map((text) => element("li", text)));
   $("figure").hidden = !answer.windows.length;
   draw(answer.windows, answer.seconds);
@@ -58,7 +58,7 @@ function element(name, text) {
   return made;
 }
 
-function draw(windows, seconds) {  // a bar for each window: up and green is real, down and orange is fake
+function draw(windows, seconds) {  // a bar for each window, as the caption says
   const bars = windows.map((one, i) => {
     const bar = document.createElementNS("http://www.w3.org/2000/svg", "rect");
     const next = windows[i + 1], end = next ? Math.min(one.end_s, next.start_s) : one.end_s;
@@ -70,12 +70,13 @@ function draw(windows, seconds) {  // a bar for each window: up and green is rea
     return bar;
   });
   $("timeline").replaceChildren(...bars);
+  $("span").textContent = `from 0 to ${seconds.toFixed(1)} s`;
   const n = windows.filter((one) => one.score < 0).length;
   $("timeline").setAttribute("aria-label", `${n} of ${windows.length} windows sound fake; the table below has them all`);
   $("windows").replaceChildren(...windows.map((one) => {
     const row = document.createElement("tr");
     row.append(element("td", `${one.start_s.toFixed(1)} s`), element("td", `${one.end_s.toFixed(1)} s`),
-               element("td", one.score === null ? "–" : one.score.toFixed(1)));
+               element("td", one.score === null ? "–" : one.score.toFixed(1).replace(/^-0\.0$/, "0.0")));
     return row;
   }));
 }
