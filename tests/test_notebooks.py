@@ -105,6 +105,16 @@ def test_form_of_the_cells(script):
     assert "result.json" in code_cells(notebook)[-1].source
 
 
+@each_pair
+def test_the_two_errors_are_defined_before_they_are_counted_and_headings_ask(script):
+    prose = [cell.source for cell in jupytext.read(script).cells if cell.cell_type == "markdown"]
+    before, _, after = "\n".join(prose).partition("eal rejected**")  # bold where it is defined
+    assert "EER" not in before and "ake\naccepted**" in after or "ake accepted**" in after
+    assert after.count("*false alarm*") == after.count("*miss*") == 1  # the field's words, once; then ours
+    headings = [line for cell in prose for line in cell.splitlines() if line.startswith("## ")]
+    assert headings and [line for line in headings if not line.endswith("?")] == []
+
+
 def test_bootstrap_is_the_same_everywhere():
     sources = {notebook.cells[tagged(notebook, "bootstrap")[0]].source for notebook in map(jupytext.read, PAIRS)}
     assert len(sources) == 1
