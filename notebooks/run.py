@@ -39,7 +39,7 @@ from papermill.exceptions import PapermillExecutionError
 FOLDER = Path(__file__).resolve().parent
 OURS = sorted(FOLDER.glob("[0-9][0-9]_*.ipynb"))
 RUNS = FOLDER.parent / "runs"
-FIRST_LOOK = {"time_budget_s": "30", "n_eval": "32"}  # minutes; `-p time_budget_s 36000` for a real run
+FIRST_LOOK = {"time_budget_s": "40", "n_eval": "32"}  # minutes; `-p time_budget_s 36000` for a real run
 OPEN_BYTES = 80_000_000  # of files that DATA=open fetches
 SET_BY_RUNNER = {"data": "--data FOLDER", "run_dir": "--runs FOLDER"}
 RESULT = "result.json"
