@@ -1,14 +1,17 @@
 """Pruning: what no channel depends on may go, and nothing changes."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
 
-from deepfake_utils.conventions import ConfigError
+from deepfake_utils.conventions import ConfigError, TrainingError
 from deepfake_utils.models import build_model
 from deepfake_utils.models.prune import narrowed
 from deepfake_utils.scoring.weights import load_model, save_weights
+from deepfake_utils.training.loop import fit
+from tests.test_training import tiny_config, write_corpus
 
 WIDE = {"channels": (6, 8, 10), "stem_channels": 5, "pooled_channels": 12, "embedding_dim": 9}
 NARROW = {"channels": (4, 5, 6), "stem_channels": 3, "pooled_channels": 7, "embedding_dim": 4}
@@ -80,3 +83,35 @@ def test_the_result_is_saved_and_loaded_as_any_other(model, tmp_path):
 def test_wider_or_other_stages_are_refused(model, widths):
     with pytest.raises(ConfigError, match=next(iter(widths))):
         narrowed(model, **widths)
+
+
+def test_a_run_may_start_from_a_wider_network_and_is_resumed_without_starting_again(model, tmp_path):
+    train, dev = write_corpus(tmp_path, n_train=16)
+    wide = tmp_path / "wide.safetensors"
+    save_weights(wide, model, name="spectrogram-resnet")
+    config = tiny_config(model="spectrogram-resnet", model_options=NARROW, start=str(wide), learning_rate=0.0,
+                         learning_rate_min=0.0, epochs=2)  # fmt: skip
+    said = []
+
+    def stop(history):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(train, dev, tmp_path / "run", config, device="cpu", on_epoch=stop, say=said.append)
+    assert any("narrowed from" in line for line in said)
+    fit(train, dev, tmp_path / "run", config, device="cpu", say=said.append)
+    assert any(line.startswith("resuming:  epoch 2") for line in said)
+    kept = load_model(weights=tmp_path / "run" / "best.safetensors")
+    expected = narrowed(model, **NARROW)
+    for (name, value), other in zip(kept.named_parameters(), expected.parameters(), strict=True):
+        assert torch.equal(value, other), name  # a rate of 0 learns nothing
+    about = json.loads((tmp_path / "run" / "best.json").read_text())["trained_on"]
+    assert about["fine_tuned"] and about["started_from"]["file"] == "wide.safetensors"
+
+    save_weights(wide, build_model("spectrogram-resnet", **WIDE), name="spectrogram-resnet")
+    with pytest.raises(TrainingError, match="the weights to start from are others"):
+        fit(train, dev, tmp_path / "run", config, device="cpu", say=said.append)
+    with pytest.raises(ConfigError, match="give one of them"):
+        fit(train, dev, tmp_path / "other", config, model=model, device="cpu", say=said.append)
+    with pytest.raises(ConfigError, match="a file or a name of weights"):
+        tiny_config(start=3)

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from deepfake_utils.conventions import ConfigError
 from deepfake_utils.models.spectrogram import SpectrogramResNet
 
+WIDTHS = ("channels", "stem_channels", "pooled_channels", "embedding_dim")  # of `SpectrogramConfig`
+
 
 @torch.no_grad()
 def narrowed(model: SpectrogramResNet, **widths) -> SpectrogramResNet:
@@ -23,8 +25,7 @@ def narrowed(model: SpectrogramResNet, **widths) -> SpectrogramResNet:
 
     Args:
         model: a trained network.
-        **widths: of `SpectrogramConfig`: channels, stem_channels, pooled_channels, embedding_dim, none larger than the
-            model's; what is not named stays.
+        **widths: `WIDTHS`, none larger than the model's; what is not named stays. Other options may change, too.
 
     Returns:
         The narrower network, in evaluation mode.

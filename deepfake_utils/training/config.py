@@ -46,6 +46,7 @@ class TrainingConfig:
 
     model: str = _name("aasist", MODELS)
     model_options: dict = _options()  # keyword arguments of build_model
+    start: str = field(default="", metadata={"kind": str})  # weights to begin with; wider ones are narrowed to fit
     epochs: int | str = _number(100, int, 1, 100_000, auto=True)  # "auto": what fits time_budget_s, timed on real steps
     batch_size: int | str = _number(24, int, 2, auto=True)  # utterances an optimiser step; "auto": what fits the memory
     crop_samples: int = _number(CROP_SAMPLES, int, 1)  # training crop; scoring has its own length
@@ -141,7 +142,7 @@ def _checked(name: str, value, kind: type, known=None, low=-math.inf, high=math.
             raise ConfigError(f"{name} {value!r}: expected {'auto or ' * auto}{KIND_IN_WORDS[kind]} {bounds}")
         return kind(value)
     if not isinstance(value, kind):
-        expected = "true or false" if kind is bool else "names with their values"
+        expected = {bool: "true or false", str: "a file or a name of weights"}.get(kind, "names with their values")
         raise ConfigError(f"{name} {value!r}: expected {expected}")
     return value
 

@@ -38,7 +38,7 @@ from deepfake_utils.training.run import Run, State
 from deepfake_utils.training.sampling import sampling_weights
 from deepfake_utils.training.schedule import learning_rate
 from deepfake_utils.training.selection import score_dev
-from deepfake_utils.training.teachers import fingerprint_of_teachers
+from deepfake_utils.training.teachers import fingerprint_of_weights
 from deepfake_utils.waveforms import train_batches
 from deepfake_utils.waveforms.batches import Batch, Batches
 
@@ -105,7 +105,8 @@ def fit(
     started, config, folder = time.monotonic(), config or TrainingConfig(), Path(run_dir)
     check_protocols(train, dev, config)
     fingerprints = {"train": going_on.fingerprint(train), "dev": going_on.fingerprint(dev)}
-    fingerprints["teachers"] = fingerprint_of_teachers(config.teachers)
+    fingerprints["teachers"] = fingerprint_of_weights(config.teachers)
+    fingerprints["start"] = fingerprint_of_weights(config.start and [config.start])
     with World() as world, Interrupts() as interrupts:
         say = say if world.is_main else _silent
         saved = going_on.load_checkpoint(folder, config, fingerprints) if resume else None

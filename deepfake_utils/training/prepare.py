@@ -16,8 +16,10 @@ from deepfake_utils.conventions import BONAFIDE, SPOOF, ConfigError, TrainingErr
 from deepfake_utils.machine import pick_device, pick_precision, seed_everything
 from deepfake_utils.models import MODELS, build_model
 from deepfake_utils.models.losses import build_loss
+from deepfake_utils.models.prune import WIDTHS, narrowed
 from deepfake_utils.models.sinc import SincFilters
-from deepfake_utils.scoring.weights import ScoredByLoss, embedding_dim
+from deepfake_utils.models.spectrogram import SpectrogramResNet
+from deepfake_utils.scoring.weights import ScoredByLoss, embedding_dim, load_model
 from deepfake_utils.training.config import TrainingConfig
 from deepfake_utils.training.memory import automatic_batch_size
 from deepfake_utils.training.parallel import World
@@ -71,7 +73,7 @@ def open_run(
     say(f"device:    {chosen.reason}")
     say(f"precision: {precision.reason}")
     augment = build_augmentation(config.augmentation, **config.augmentation_options)
-    fine_tuned = model is not None
+    fine_tuned = model is not None or config.start != ""
     seed_everything(config.seed)
     model, criterion = _weights_to_start_from(model, config, say)
     model.to(device).train(), criterion.to(device)
@@ -111,6 +113,10 @@ def _weights_to_start_from(
     """The model and the loss with its own directions: fresh, or copies of those given to go on with."""
     generator = torch.Generator().manual_seed(config.seed)
     learned = None
+    if config.start:
+        if given is not None:
+            raise ConfigError("model= and the setting start both name weights to begin with: give one of them")
+        given = _named_start(config, say)
     if given is None:
         model = build_model(config.model, generator=generator, **config.model_options)
     else:
@@ -124,6 +130,24 @@ def _weights_to_start_from(
     elif learned is not None:
         say(f"weights:   those of the model go on; what {type(learned).__name__} had learned does not: {config.loss}")
     return model, criterion
+
+
+def _named_start(config: TrainingConfig, say: Callable[[str], None]) -> nn.Module:
+    """The weights that `config.start` names; of a spectrogram network wider than asked for its most important channels.
+
+    Raises:
+        CheckpointError: they are not there, or damaged.
+        ConfigError: `model_options` ask for more channels than they have.
+    """
+    model = load_model(weights=config.start)
+    say(f"start:     {config.start}")
+    if isinstance(model, SpectrogramResNet) and config.model == "spectrogram-resnet":
+        wanted = build_model(config.model, generator=torch.Generator(), **config.model_options).config
+        widths = {name: getattr(wanted, name) for name in (*WIDTHS, "dropout")}
+        if any(getattr(model.config, name) != width for name, width in widths.items()):
+            n_before, model = sum(p.numel() for p in model.parameters()), narrowed(model, **widths)
+            say(f"           narrowed from {n_before:,} to {sum(p.numel() for p in model.parameters()):,} parameters")
+    return model
 
 
 def _refuse_another_architecture(model: nn.Module, config: TrainingConfig) -> None:

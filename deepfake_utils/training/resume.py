@@ -25,9 +25,10 @@ from deepfake_utils.training.run import Run, State
 CHECKPOINT = "checkpoint.pt"
 BEST_FILES = ("best.safetensors", "best.json", "dev_scores.csv")
 VERSION = 2  # of the checkpoint's contents
-# Settings that may change between a run and its resumption without changing what is computed; teachers may move, and
-# are known by their fingerprints.
-FREE_TO_CHANGE = ("time_budget_s", "checkpoint_every_s", "data_path", "patience_epochs", "teachers")
+# Settings that may change between a run and its resumption without changing what is computed; teachers and the weights
+# to start from may move, and are known by their fingerprints.
+FREE_TO_CHANGE = ("time_budget_s", "checkpoint_every_s", "data_path", "patience_epochs", "teachers", "start")
+OTHERS = {"teachers": "the teachers are others", "start": "the weights to start from are others"}
 
 
 def end_reason(config: TrainingConfig, state: State) -> str:
@@ -64,7 +65,7 @@ def load_checkpoint(folder: Path, wish: TrainingConfig, fingerprints: dict[str, 
 
     Args:
         wish: the configuration as it is given now.
-        fingerprints: of the train and the dev protocol, and of the teachers.
+        fingerprints: of the train and the dev protocol, of the teachers and of the weights to start from.
 
     Raises:
         CheckpointError: it is damaged, or of another version of this package.
@@ -87,7 +88,7 @@ def load_checkpoint(folder: Path, wish: TrainingConfig, fingerprints: dict[str, 
         if name not in FREE_TO_CHANGE and value not in (then.get(name), settled.get(name))
     ]
     changed += [
-        "the teachers are others" if name == "teachers" else f"the {name} recordings or labels are others"
+        OTHERS.get(name, f"the {name} recordings or labels are others")
         for name, digits in fingerprints.items()
         if saved["fingerprints"].get(name, "") != digits
     ]

@@ -71,7 +71,7 @@ class Run:
     config: TrainingConfig  # as it is carried out: "auto" replaced by numbers
     train: pd.DataFrame
     dev: pd.DataFrame
-    fingerprints: dict[str, str]  # of train, dev and teachers
+    fingerprints: dict[str, str]  # of train, dev, teachers and start
     folder: Path
     say: Callable[[str], None]
     world: World

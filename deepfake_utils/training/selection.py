@@ -21,7 +21,7 @@ from deepfake_utils.training.memory import fork_rng
 from deepfake_utils.training.resume import clear_on_full_disk
 from deepfake_utils.training.run import Run
 from deepfake_utils.training.schedule import reestimate_batch_norm
-from deepfake_utils.training.teachers import about_teachers
+from deepfake_utils.training.teachers import about_weights
 from deepfake_utils.waveforms.batches import train_batches
 
 BATCHES_FOR_AVERAGED_BATCH_NORM = 32
@@ -156,7 +156,9 @@ def trained_on(run: Run) -> dict:
         "fine_tuned": run.state.fine_tuned,
     }
     if run.config.teachers:
-        about["teachers"] = about_teachers(run.config.teachers, run.fingerprints["teachers"])
+        about["teachers"] = about_weights(run.config.teachers, run.fingerprints["teachers"])
+    if run.config.start:
+        about["started_from"] = about_weights([run.config.start], run.fingerprints["start"])[0]
     for name, split in (("train", run.train), ("dev", run.dev)):
         is_spoof = split["label"] == SPOOF
         about[name] = {

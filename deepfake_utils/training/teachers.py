@@ -15,7 +15,7 @@ from deepfake_utils.scoring.weights import ScoredByLoss, load_model, weights_fil
 from deepfake_utils.training.config import TrainingConfig
 
 
-def fingerprint_of_teachers(weights: Iterable[str]) -> str:
+def fingerprint_of_weights(weights: Iterable[str]) -> str:
     """Twelve hexadecimal digits of each file's content, joined by commas; folders may move between sessions.
 
     Raises:
@@ -58,7 +58,7 @@ def load_teachers(config: TrainingConfig, device: torch.device, say: Callable[[s
         ConfigError: a teacher whose scores are no log-odds, or that needs longer crops.
     """
     models = []
-    for name, digits in zip(config.teachers, fingerprint_of_teachers(config.teachers).split(","), strict=False):
+    for name, digits in zip(config.teachers, fingerprint_of_weights(config.teachers).split(","), strict=False):
         path, model = weights_file(name), load_model(weights=name).to(device)
         if isinstance(model, ScoredByLoss):
             raise ConfigError(
@@ -75,7 +75,7 @@ def load_teachers(config: TrainingConfig, device: torch.device, say: Callable[[s
     return Teachers(models, config.temperature) if models else None
 
 
-def about_teachers(weights: Iterable[str], digits: str) -> list[dict[str, str]]:
-    """For the file of weights: each teacher's file name and fingerprint."""
+def about_weights(weights: Iterable[str], digits: str) -> list[dict[str, str]]:
+    """For the file of weights: file name and fingerprint of each that they learned from or began with."""
     pairs = zip(weights, digits.split(","), strict=True)
     return [{"file": Path(name).name, "fingerprint": own} for name, own in pairs]
