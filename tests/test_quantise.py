@@ -81,7 +81,9 @@ def test_eight_bits_give_nearly_the_same_log_odds_at_every_length(shipped, tmp_p
     assert all(np.abs(numpy_helper.to_array(tensor)).max() <= 64 for tensor in weights)  # seven bits: see the module
     for samples in (windows, windows[:, :9001], np.concatenate([windows, windows], 1)):
         expected, found = log_odds(shipped, samples), log_odds(path, samples)
-        differences = np.abs(found - expected)  # babble is not what the ranges were meant for: one window may be far off
+        differences = np.abs(
+            found - expected
+        )  # babble is not what the ranges were meant for: one window may be far off
         assert np.median(differences) < 0.01 * np.ptp(expected)
         assert np.sqrt(np.mean(differences**2)) < 0.1 * np.ptp(expected)
     assert OnnxScorer(path).metadata == OnnxScorer(shipped).metadata
