@@ -19,6 +19,7 @@ from deepfake_utils.corpora import (
     fingerprint,
     read_keys,
 )
+from deepfake_utils.corpora.folder import read_folders
 
 LINES_2019 = [
     "LA_0001 LA_E_1000000 - - bonafide",
@@ -321,6 +322,24 @@ def test_a_file_that_is_no_protocol(tmp_path):
     (tmp_path / "scores.txt").write_text("LA_E_2834763 -8.75\n")
     with pytest.raises(CorpusError, match="scores.txt line 1: 'LA_E_2834763 -8.75' is no line of a known protocol"):
         read_keys(tmp_path / "scores.txt")
+
+
+@pytest.mark.parametrize(
+    "link, target",
+    [
+        ("train/bonafide/all", "train"),  # the fakes would be real, too
+        ("dev/spoof", "train/spoof"),  # fakes to learn from would select the weights
+        ("dev/bonafide/b.wav", "train/bonafide/a.wav"),
+    ],
+)
+def test_a_recording_that_links_bring_to_two_places_is_refused(tmp_path, link, target):
+    for name in ("train/bonafide/a.wav", "train/spoof/b.wav", "dev/bonafide/c.wav"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"RIFF")
+    read_folders(tmp_path)
+    (tmp_path / link).symlink_to(tmp_path / target)
+    with pytest.raises(CorpusError, match="are one file by links"):
+        read_folders(tmp_path)
 
 
 def test_plain_folders_list_everything_below_once_even_through_links(tmp_path):

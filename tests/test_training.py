@@ -304,8 +304,20 @@ def test_a_checkpoint_of_another_recipe_is_refused_with_the_difference(corpus, t
     assert fit(*corpus, tmp_path, listed, device="cpu", say=str).stopped == "all epochs done", "JSON knows no tuples"
     state = load_training_state(tmp_path / "checkpoint.pt")
     torch.save(state | {"version": 1}, tmp_path / "checkpoint.pt")
-    with pytest.raises(CheckpointError, match="is of format 1, expected 2"):
+    with pytest.raises(CheckpointError, match="is of format 1, expected 3"):
         run(corpus, tmp_path, epochs=1)
+
+
+def test_the_same_names_sizes_and_labels_with_other_sound_are_another_corpus(corpus, tmp_path):
+    copies = []
+    for name in ("loud", "copied", "quiet"):
+        (tmp_path / name).mkdir()
+        for path in corpus[0]["path"]:
+            samples = soundfile.read(path)[0] * (0.1 if name == "quiet" else 1.0)
+            soundfile.write(tmp_path / name / f"{Path(path).stem}.wav", samples, 16000)
+        paths = [str(tmp_path / name / f"{Path(path).stem}.wav") for path in corpus[0]["path"]]
+        copies.append(fingerprint(corpus[0].assign(path=paths)))
+    assert copies[0] == copies[1] != copies[2]
 
 
 def test_time_budget_ends_the_run_in_time_and_a_new_session_goes_on(corpus, tmp_path):

@@ -31,6 +31,9 @@ def read_folders(root: Path) -> pd.DataFrame:
         Table from `make_table`; `utterance` is the path relative to `root`, speakers are unknown, `split` is "" where
         no folder names one.
 
+    Raises:
+        CorpusError: no recordings, or one that links bring under two labels or into two splits.
+
     Warns:
         UserWarning: of files in these folders that are no recordings by their names.
     """
@@ -48,10 +51,24 @@ def read_folders(root: Path) -> pd.DataFrame:
             rows["split"].append(split)
     if not rows["path"]:
         raise CorpusError(f"{root} has label folders but no recordings in them; put audio files into both")
+    _refuse_two_places(rows)
     if passed_over:
         warnings.warn(f"{root}: {describe_passed_over(passed_over)}", stacklevel=2)
     blank = [0] * len(rows["path"])
     return make_table({**rows, "speaker": [UNKNOWN_SPEAKER] * len(blank), "line": blank}, root.name)
+
+
+def _refuse_two_places(rows: dict[str, list]) -> None:
+    """A file that is real and fake, or in train and eval, is no mistake that figures would show."""
+    first: dict[tuple[int, int], int] = {}
+    for n, path in enumerate(rows["path"]):
+        status = os.stat(path)
+        one = first.setdefault((status.st_dev, status.st_ino), n)
+        if (rows["label"][n], rows["split"][n]) != (rows["label"][one], rows["split"][one]):
+            raise CorpusError(
+                f"{path} and {rows['path'][one]} are one file by links, and one recording cannot have two labels or be "
+                "in two splits: remove the link"
+            )
 
 
 def read_manifest(manifest: Path) -> pd.DataFrame:
