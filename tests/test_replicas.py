@@ -1,6 +1,5 @@
 """The service on Ray Serve under load: replicas killed, weights replaced, nothing accepted lost."""
 
-import socket
 import subprocess
 import sys
 import threading
@@ -77,9 +76,7 @@ def replicas(name: str) -> list[psutil.Process]:
 def served(cluster, tmp_path_factory):
     """Folder and address of a service on the cluster."""
     folder = tmp_path_factory.mktemp("service")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "deepfake_utils", "serve", str(folder), "--fleet", "--port", str(port)]
+    command = [sys.executable, "-m", "deepfake_utils", "serve", str(folder), "--fleet", "--port", "0"]
     process = subprocess.Popen(command, env=cluster, stdout=subprocess.PIPE)
     try:
         url = process.stdout.readline().decode().split()[0]

@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -171,6 +172,9 @@ def serve_fleet(settings: Settings, host: str, port: int) -> None:
         FleetError: it does not start there.
     """
     connect()
+    if not port:  # Ray would take one and not say which
+        with socket.create_server((host, 0)) as free:
+            port = free.getsockname()[1]
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         serve.start(http_options={"host": host, "port": port})
