@@ -170,8 +170,8 @@ def build_parser() -> Parser:
         "browser", help="a page that judges in the browser", description=commands.browser.__doc__
     )
     command.add_argument("folder", metavar="FOLDER", type=Path, help="where the page goes")
-    command.add_argument("--weights", metavar="WEIGHTS", default="laptop",
-                         help="laptop (the default), phone, tiny, or an .onnx file with its card")  # fmt: skip
+    command.add_argument("--weights", metavar="WEIGHTS", default="phone",
+                         help="phone (the default), laptop, tiny, or an .onnx file with its card")  # fmt: skip
     command.add_argument("--runtime", metavar="DIR", type=Path,
                          help="an unpacked onnxruntime-web package; default: npm fetches it")  # fmt: skip
     command.set_defaults(run=commands.browser)

@@ -56,15 +56,15 @@ def weights(tmp_path_factory, corpus):
 
 
 @pytest.fixture(scope="module")
-def phone(tmp_path_factory, weights, corpus):
-    out = tmp_path_factory.mktemp("targets") / "phone.onnx"
-    return out, build("phone", weights, corpus, out)
+def laptop(tmp_path_factory, weights, corpus):
+    out = tmp_path_factory.mktemp("targets") / "laptop.onnx"
+    return out, build("laptop", weights, corpus, out)
 
 
-def test_a_card_says_what_was_measured(phone, weights, corpus):
-    out, card = phone
+def test_a_card_says_what_was_measured(laptop, weights, corpus):
+    out, card = laptop
     assert card == json.loads(out.with_suffix(".json").read_text())
-    assert card["target"] == "phone" and card["numbers"] == "int8" and card["bytes"] == out.stat().st_size
+    assert card["target"] == "laptop" and card["numbers"] == "int8" and card["bytes"] == out.stat().st_size
     assert card["trained_on"] == "babble" and card["model"] == "spectrogram-resnet"
     assert card["log_odds_rms"] <= max(card["rms_of_each_layer_alone"].values()) + 0.1
     assert set(card["kept_float"]) < set(card["rms_of_each_layer_alone"])
@@ -76,10 +76,10 @@ def test_a_card_says_what_was_measured(phone, weights, corpus):
     assert card["ms_a_window"] > 0 and len(card["made_from"]) == 64
 
 
-def test_a_detector_by_name_gives_the_calibrated_log_odds_of_the_weights(phone, weights, corpus, monkeypatch):
-    out, card = phone
-    monkeypatch.setitem(room.SHIPPED, "phone", out)
-    detector, original = Detector.load("phone", whole=False), Detector.load(weights, whole=False)
+def test_a_detector_by_name_gives_the_calibrated_log_odds_of_the_weights(laptop, weights, corpus, monkeypatch):
+    out, card = laptop
+    monkeypatch.setitem(room.SHIPPED, "laptop", out)
+    detector, original = Detector.load("laptop", whole=False), Detector.load(weights, whole=False)
     assert detector.is_calibrated and not original.is_calibrated
     slope, offset = card["calibration"]["slope"], card["calibration"]["offset"]
     for path in corpus["eval"]["path"][:4]:
@@ -90,13 +90,13 @@ def test_a_detector_by_name_gives_the_calibrated_log_odds_of_the_weights(phone, 
 
 
 def test_half_precision_loses_nothing(weights, corpus, tmp_path):
-    card = build("laptop", weights, corpus, tmp_path / "laptop.onnx")
+    card = build("phone", weights, corpus, tmp_path / "phone.onnx")
     assert card["eer"] == card["eer_float32"] and card["misses"] == []
     assert "kept_float" not in card and card["numbers"] == "float16"
 
 
-def test_misses_are_said(phone):
-    card = dict(phone[1]) | {"target": "tiny", "bytes": 100_001, "ms_a_window": 10.5}
+def test_misses_are_said(laptop):
+    card = dict(laptop[1]) | {"target": "tiny", "bytes": 100_001, "ms_a_window": 10.5}
     card |= {"eer_lost": {"eval": {"value": MAX_LOSS + 0.001}}}
     found = "; ".join(misses(card))
     assert "100,001 bytes" in found and "10.5 ms" in found and "0.60 points" in found

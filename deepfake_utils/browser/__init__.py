@@ -24,12 +24,12 @@ PAGE_FILES = ("index.html", "page.js", "detector.js", "audio.js", "microphone.js
 _TIMEOUT_S = 300
 
 
-def assemble(folder: str | os.PathLike, weights: str = "laptop", runtime: str | os.PathLike | None = None) -> Path:
+def assemble(folder: str | os.PathLike, weights: str = "phone", runtime: str | os.PathLike | None = None) -> Path:
     """Write the page and all it needs into a folder.
 
     Args:
         folder: made where it does not exist; files of an earlier page are replaced.
-        weights: "laptop", whose log-odds are Python's to 1e-3; "phone" or "tiny", whose rounding differs from engine to
+        weights: "phone", whose log-odds are Python's to 1e-3; "laptop" or "tiny", whose rounding differs from engine to
             engine; or an exported .onnx with its card beside it, calibrated.
         runtime: folder of an unpacked onnxruntime-web package, or of its `dist`; None has npm fetch it.
 
