@@ -341,4 +341,8 @@ def test_notebook_04_decides_with_what_the_image_has(assembled, working):
     shutil.copy(assembled / "04_deploy" / "04_deploy.ipynb", working)
     result = run_there(working, root, "04_deploy.ipynb", "-p", "demo_scale", "0.2", "-p", "n_bootstrap", "20")
     assert 0 <= result["metrics"]["eer"] <= 1
-    assert [row["eval"] for row in result["metrics"]["channels"]] == ["as it is", "noise, 10 dB", "telephone band"]
+    assert [row["eval, heard through"] for row in result["metrics"]["channels"]] == [
+        "as it is",
+        "noise, 10 dB",
+        "telephone band",
+    ]
