@@ -9,10 +9,11 @@ import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 
-pytest.importorskip("sqlalchemy")
+sa = pytest.importorskip("sqlalchemy")
 
 from deepfake_utils.conventions import ConfigError
 from deepfake_utils.serving.records import DONE, FAILED, RUNNING, WAITING, Records, UnknownRecordError, new_id
@@ -133,6 +134,31 @@ def test_a_job_that_ends_the_service_each_time_is_given_up(records):
         assert records.next_job()["id"] == id
         assert records.revive_jobs() == revived
     assert records.job(id)["state"] == FAILED and "3 times" in records.job(id)["result"]["detail"]
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+def test_many_may_open_a_new_database_at_once(kind, tmp_path, request):
+    """As the replicas of a fleet do at its first start."""
+    urls = [f"sqlite:///{tmp_path}/{i}.sqlite" for i in range(5)]
+    if kind == "postgresql":
+        server = request.getfixturevalue("postgres_url")
+        with sa.create_engine(server).begin() as connection:
+            for i in range(5):
+                connection.exec_driver_sql(f"CREATE SCHEMA new_{i}")
+        urls = [f"{server}&options=-csearch_path%3Dnew_{i}" for i in range(5)]
+    together = Barrier(6)
+
+    def open_and_write(url: str) -> None:
+        together.wait()
+        records = Records(url)
+        records.add_verdict(**VERDICT)
+        records.close()
+
+    with ThreadPoolExecutor(6) as pool:
+        for url in urls:
+            for done in [pool.submit(open_and_write, url) for _ in range(6)]:
+                done.result()
+            assert len(Records(url).verdicts()) == 6
 
 
 def test_what_was_recorded_survives_a_kill(tmp_path):

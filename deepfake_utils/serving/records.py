@@ -19,6 +19,8 @@ TRUTHS = (LABEL_NAMES[BONAFIDE], LABEL_NAMES[SPOOF])
 WAITING, RUNNING, DONE, FAILED = "waiting", "running", "done", "failed"  # states of a job
 MAX_ATTEMPTS = 3  # at a job during which the service ended
 BUSY_S = 30.0  # how long one writer waits for another in SQLite
+# Until the end of a transaction: the replicas of a fleet make the tables of a new database all at once.
+ALONE = {"sqlite": "BEGIN IMMEDIATE", "postgresql": "SELECT pg_advisory_xact_lock(14)"}
 
 _metadata = sa.MetaData()
 verdicts = sa.Table(
@@ -84,7 +86,10 @@ class Records:
                 sa.event.listen(self._engine, "connect", _prepare_sqlite)
             else:
                 self._engine = sa.create_engine(address, pool_pre_ping=True)
-            _metadata.create_all(self._engine)
+            with self._engine.begin() as connection:
+                if lock := ALONE.get(self._engine.dialect.name):
+                    connection.exec_driver_sql(lock)
+                _metadata.create_all(connection)
         except ModuleNotFoundError as error:
             raise ConfigError(f"{error.name} is needed for this database: pip install {error.name}") from None
         except (sa.exc.SQLAlchemyError, OSError) as error:
