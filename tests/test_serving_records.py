@@ -1,7 +1,5 @@
 """The service's memory: the same on SQLite and on a real PostgreSQL, and whole after a kill."""
 
-import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +11,9 @@ from threading import Barrier
 
 import pytest
 
-sa = pytest.importorskip("sqlalchemy")
+pytest.importorskip("sqlalchemy")
+
+import sqlalchemy as sa
 
 from deepfake_utils.conventions import ConfigError
 from deepfake_utils.serving.records import DONE, FAILED, RUNNING, WAITING, Records, UnknownRecordError, new_id
@@ -22,41 +22,6 @@ VERDICT = dict(
     client="alice", sha256="0" * 64, score=-1.5, verdict="fake", model="open-1", calibration="1.16 -0.82",
     seconds=4.0, speech_seconds=3.2, level_db=-23.0, bandwidth_hz=7000.0,
 )  # fmt: skip
-
-
-def postgres_programs() -> Path | None:
-    found = shutil.which("initdb")
-    places = [Path(found).resolve().parent] if found else sorted(Path("/usr/lib/postgresql").glob("*/bin"))
-    return places[-1] if places and (places[-1] / "pg_ctl").exists() else None
-
-
-@pytest.fixture(scope="session")
-def postgres_url(tmp_path_factory):
-    """A PostgreSQL server of our own, reached through a socket in a temporary folder."""
-    programs = postgres_programs()
-    pytest.importorskip("psycopg")
-    if programs is None:
-        pytest.skip("PostgreSQL is not installed (Debian: apt-get install postgresql)")
-    folder = tmp_path_factory.mktemp("pg")
-    user = []
-    if os.geteuid() == 0:  # PostgreSQL refuses to run as root
-        if shutil.which("runuser") is None:
-            pytest.skip("running as root, and runuser is missing")
-        user = ["runuser", "-u", "postgres", "--"]
-        for place in (folder, *list(folder.parents)[:2]):
-            place.chmod(0o755)
-        shutil.chown(folder, "postgres")
-
-    def run(*command: str) -> None:
-        done = subprocess.run([*user, *command], cwd=folder, capture_output=True, text=True, timeout=60)
-        assert done.returncode == 0, done.stderr
-
-    data = folder / "data"
-    run(str(programs / "initdb"), "-D", str(data), "-A", "trust", "-U", "tests", "-N")
-    options = f"-c listen_addresses= -k {folder} -c fsync=off"
-    run(str(programs / "pg_ctl"), "-D", str(data), "-w", "-l", str(folder / "log"), "-o", options, "start")
-    yield f"postgresql+psycopg://tests@/postgres?host={folder}"
-    run(str(programs / "pg_ctl"), "-D", str(data), "-m", "immediate", "stop")
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
