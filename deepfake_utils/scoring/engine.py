@@ -41,6 +41,7 @@ class CheckedOnnx:
 
 def pick_engine(path: Path, name: str | None, device: str) -> tuple[Callable, torch.device, str, dict]:
     """Weights on the fastest engine here: the callable, its device, its description, and what its scores are."""
+    keep_freed_memory()
     if path.suffix == ".onnx":
         if name:
             raise ConfigError("an ONNX file needs no model name")
@@ -52,7 +53,6 @@ def pick_engine(path: Path, name: str | None, device: str) -> tuple[Callable, to
     torch_device = pick_device(device).device
     if torch_device.type != "cpu":
         return model.to(torch_device), torch_device, f"PyTorch on {torch_device}", facts
-    keep_freed_memory()
     if find_spec("onnxruntime") is None or find_spec("onnx") is None:
         return model, torch_device, "PyTorch on the CPU (onnx and onnxruntime, if installed, are faster)", facts
     try:
