@@ -264,6 +264,17 @@ def test_damage_is_an_audio_error_that_names_the_file(tmp_path, case):
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.parametrize("place, value", [(34, b"\0\0"), (20, b"\xfe\xff")], ids=["no bits", "unknown format"])
+def test_a_header_without_a_decoder_is_an_audio_error(tmp_path, place, value):
+    path = tmp_path / "a.wav"
+    soundfile.write(path, tone(700, 16_000, 1.0), 16_000, subtype="PCM_16")
+    content = path.read_bytes()
+    path.write_bytes(content[:place] + value + content[place + 2 :])
+    for read in (audio_info, read_audio):
+        with pytest.raises(AudioError, match="cannot be decoded"):
+            read(path)
+
+
 @pytest.mark.parametrize("keep", [0.3, 0.9])
 def test_cut_m4a_is_refused(tmp_path, keep):
     path = tmp_path / "a.m4a"

@@ -104,6 +104,8 @@ def lying_headers() -> dict[str, bytes]:
         "WAV of a gigabyte": honest[:40] + struct.pack("<I", 2**30) + honest[44:],
         "WAV at 1 Hz": honest[:24] + struct.pack("<I", 1) + honest[28:],
         "WAV of 65,535 channels": honest[:22] + struct.pack("<H", 65_535) + honest[24:],
+        "WAV of samples without a bit": honest[:34] + bytes(2) + honest[36:],
+        "WAV in a format that nobody has": honest[:20] + b"\xfe\xff" + honest[22:],
         "FLAC of a year": bytes(flac),
         "FLAC cut in half": encoded(babble(1))[:8000],
         "nothing but a name": b"fLaC",

@@ -65,7 +65,7 @@ def decode(recording: Recording) -> Iterator[tuple[np.ndarray, int]]:
 
 
 def read_header(recording: Recording) -> tuple[int, int, bool]:
-    """Samples at the recording's own rate, that rate, and whether the number is binding; 0 samples if not stated.
+    """Samples at the recording's own rate, that rate, and whether the number is binding; 0 where not stated.
 
     Raises:
         AudioError: no decoder recognises it.
@@ -77,7 +77,9 @@ def read_header(recording: Recording) -> tuple[int, int, bool]:
         with _pyav_container(recording) as container:
             stream = container.streams.audio[0]
             seconds = stream.duration * stream.time_base if stream.duration else (container.duration or 0) / 1_000_000
-            return int(seconds * stream.rate), stream.rate, False
+            codec = stream.codec_context  # none where FFmpeg has no decoder for what the header names
+            rate_hz = (codec and codec.sample_rate) or 0
+            return int(seconds * rate_hz), rate_hz, False
     except _NoPyAV:
         with suppress(*_SOUNDFILE_ERRORS):
             return _soundfile_header(recording)
