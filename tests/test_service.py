@@ -152,13 +152,22 @@ def test_live_audio_gets_the_same_windows(running, recording):
         (['{"sample_rate_hz": 16000}', b"\0\0\0"], "3 bytes are no whole number"),
         (['{"sample_rate_hz": 16000}', "what?"], "expected sound"),
         (['{"sample_rate_hz": 16000, "format": "float32"}', np.full(4, np.nan, "<f4").tobytes()], "NaN"),
-        (['{"sample_rate_hz": 16000}'], "nothing came for 1 s"),
+        (['{"sample_rate_hz": 16000}'], "no sound came for 1 s"),
     ],
 )  # fmt: skip
 def test_a_stream_that_is_none_is_told_so(running, messages, said):
     last = stream(running, *messages)[-1]
     assert last["type"] == "problem" and said in last["detail"]
     assert running.client.get("/health").status_code == 200
+
+
+def test_a_stream_that_trickles_does_not_hold_its_place(running):
+    with connect(f"ws://127.0.0.1:{running.port}/v1/stream") as socket:
+        socket.send('{"sample_rate_hz": 16000}')
+        with pytest.raises(ConnectionClosed, match="too slow"):
+            for _ in range(60):  # never silent for long, and never a second of sound
+                socket.send(bytes(320))
+                time.sleep(0.1)
 
 
 def test_the_interface_is_described_and_watched(running):

@@ -255,6 +255,19 @@ def test_json_bombs(victim, bomb):
     refused(victim.client.post("/v1/feedback", content=bomb), 422)
 
 
+def test_what_postgresql_does_not_take_never_gets_there(postgres_url, tmp_path):
+    """Zero bytes, and an address that is as long as a proxy lets it be."""
+    running = Running(tmp_path, database=postgres_url)
+    try:
+        scored = running.client.post("/v1/score", content=encoded(babble(2)), headers={"X-Forwarded-For": "a" * 5000})
+        id = scored.raise_for_status().json()["id"]
+        refused(running.client.post("/v1/feedback", json={"verdict_id": id, "truth": "spoof", "note": "a\0b"}), 422)
+        refused(running.client.post("/v1/feedback", json={"verdict_id": "\0", "truth": "spoof"}), 404)
+        refused(running.client.get("/v1/jobs/%00"), 404)
+    finally:
+        running.stop()
+
+
 def test_a_large_json_bomb(victim):
     refused(victim.client.post("/v1/feedback", content=b"[" * 10_000_000), 413)
 

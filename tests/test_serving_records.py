@@ -57,6 +57,14 @@ def test_feedback_needs_a_verdict_and_a_truth(records):
         records.add_feedback(id, client="bob", truth="true")
 
 
+@pytest.mark.parametrize("id", ["\0", "a\0b", "\udcff", "x" * 10_000, "' or 1=1 --", ""])
+def test_what_can_be_no_id_is_unknown(records, id):
+    with pytest.raises(UnknownRecordError):
+        records.job(id)
+    with pytest.raises(UnknownRecordError):
+        records.add_feedback(id, client="bob", truth="spoof")
+
+
 def test_a_verdict_is_recorded_once(records):
     id = records.add_verdict(**VERDICT)
     assert records.add_verdict(**VERDICT | dict(id=id, score=3.0)) == id

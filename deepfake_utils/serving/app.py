@@ -21,6 +21,7 @@ from deepfake_utils import __version__
 from deepfake_utils.conventions import DeepfakeUtilsError
 from deepfake_utils.serving import live
 from deepfake_utils.serving.limits import PROBLEM_TYPE, Problem, as_problem, read_json, read_upload
+from deepfake_utils.serving.records import NAME_LENGTH
 from deepfake_utils.serving.service import Service
 
 PAGE = Path(__file__).parent / "page"
@@ -89,7 +90,7 @@ class Feedback(BaseModel):
     }})  # fmt: skip
     verdict_id: str = Field(max_length=32)
     truth: Literal["bonafide", "spoof"]
-    note: str = Field("", max_length=2000)
+    note: str = Field("", max_length=2000, pattern=r"^[^\x00]*$")  # PostgreSQL takes no zero byte
 
 
 class Recorded(BaseModel):
@@ -142,7 +143,7 @@ def create_app(service: Service, *, runs_jobs: bool = True) -> FastAPI:
     def client_of(connection: Request | WebSocket, token: str | None = None) -> str:
         """Who asks: the name of their token, or where there are none their address."""
         if not tokens:
-            return connection.client.host if connection.client else "unknown"
+            return connection.client.host[:NAME_LENGTH] if connection.client else "unknown"
         scheme, _, given = connection.headers.get("authorization", "").partition(" ")
         given = token or (given if scheme.lower() == "bearer" else "")
         for known, name in tokens.items():

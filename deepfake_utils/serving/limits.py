@@ -33,7 +33,7 @@ class Limits:
         grace_s, bytes_per_s: an upload may take `grace_s` and a second for every `bytes_per_s` it has brought.
         json_bytes: of a message that is no recording.
         job_bytes, job_s, jobs: size and length of a recording for later, and how many may wait.
-        streams, stream_s, idle_s: live streams at a time, their length, and how long one may be silent.
+        streams, stream_s, idle_s: live streams at a time, their length, and how far one may fall behind the clock.
     """
 
     upload_bytes: int = 64 * 2**20

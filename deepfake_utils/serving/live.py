@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import time
 from typing import Literal
 
 import numpy as np
@@ -47,7 +48,7 @@ async def hold(socket: WebSocket, service: Service, who) -> None:
     await socket.accept()
     try:
         with service.streams:
-            hello = _hello(await _message(socket, service.limits.idle_s))
+            hello = _hello(await _message(socket, service.limits.idle_s, service.limits.idle_s))
             client = who(hello.token)
             await socket.send_json({"type": "ready", "limits": service.limits.stated()})
             await socket.send_json(await _listen(socket, service, hello, client))
@@ -72,22 +73,28 @@ async def _listen(socket: WebSocket, service: Service, hello: Hello, client: str
         push(resampler.finish())
         return service.record(listening.finish(), sha256.hexdigest(), client, new_id())
 
-    while not _is_end(message := await _message(socket, service.limits.idle_s)):
+    idle_s = left_s = (
+        service.limits.idle_s
+    )  # pauses take of it, sound gives it back: no place is held by a trickle
+    while True:
+        began = time.monotonic()
+        if _is_end(message := await _message(socket, idle_s, left_s)):
+            break
         sha256.update(message)
         samples = _samples(message, hello.format)
+        left_s = min(idle_s, left_s - (time.monotonic() - began) + len(samples) / hello.sample_rate_hz)
         for judged in await service.scorer.run(lambda s=samples: push(resampler.push(s))):
             await socket.send_json({"type": "window", **window(judged)})
     return {"type": "verdict", **await service.scorer.run(end)}
 
 
-async def _message(socket: WebSocket, idle_s: float) -> str | bytes:
+async def _message(socket: WebSocket, idle_s: float, left_s: float) -> str | bytes:
     try:
-        async with asyncio.timeout(idle_s):
+        async with asyncio.timeout(max(0.0, left_s)):
             message = await socket.receive()
     except TimeoutError:
-        raise Problem(
-            408, "too slow", f"nothing came for {idle_s:g} s: send silence, too, or end the stream", limit={"s": idle_s}
-        ) from None
+        told = f"no sound came for {idle_s:g} s, all pauses together: send silence, too, or end the stream"
+        raise Problem(408, "too slow", told, limit={"idle_s": idle_s}) from None
     if message["type"] == "websocket.disconnect":
         raise WebSocketDisconnect(message.get("code", NORMAL))
     text = message.get("text")

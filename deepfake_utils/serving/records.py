@@ -18,6 +18,7 @@ from deepfake_utils.conventions import BONAFIDE, LABEL_NAMES, SPOOF, ConfigError
 TRUTHS = (LABEL_NAMES[BONAFIDE], LABEL_NAMES[SPOOF])
 WAITING, RUNNING, DONE, FAILED = "waiting", "running", "done", "failed"  # states of a job
 MAX_ATTEMPTS = 3  # at a job during which the service ended
+NAME_LENGTH = 200  # of a client; an address is what a proxy says it is
 BUSY_S = 30.0  # how long one writer waits for another in SQLite
 # Until the end of a transaction: the replicas of a fleet make the tables of a new database all at once.
 ALONE = {"sqlite": "BEGIN IMMEDIATE", "postgresql": "SELECT pg_advisory_xact_lock(14)"}
@@ -27,7 +28,7 @@ verdicts = sa.Table(
     "verdicts", _metadata,
     sa.Column("id", sa.String(32), primary_key=True),
     sa.Column("at", sa.Double, nullable=False, index=True),  # seconds since 1970
-    sa.Column("client", sa.String(200), nullable=False),
+    sa.Column("client", sa.String(NAME_LENGTH), nullable=False),
     sa.Column("sha256", sa.String(64), nullable=False),  # of the recording as it came
     sa.Column("score", sa.Double),  # log-odds of real speech, null without a verdict
     sa.Column("verdict", sa.String(20), nullable=False),
@@ -44,7 +45,7 @@ feedback = sa.Table(
     sa.Column("id", sa.String(32), primary_key=True),
     sa.Column("verdict_id", sa.ForeignKey("verdicts.id"), nullable=False, index=True),
     sa.Column("at", sa.Double, nullable=False, index=True),
-    sa.Column("client", sa.String(200), nullable=False),
+    sa.Column("client", sa.String(NAME_LENGTH), nullable=False),
     sa.Column("truth", sa.String(10), nullable=False),
     sa.Column("note", sa.Text, nullable=False),
     sa.Column("confirmed", sa.Boolean, nullable=False),
@@ -53,7 +54,7 @@ jobs = sa.Table(
     "jobs", _metadata,
     sa.Column("id", sa.String(32), primary_key=True),
     sa.Column("at", sa.Double, nullable=False, index=True),
-    sa.Column("client", sa.String(200), nullable=False),
+    sa.Column("client", sa.String(NAME_LENGTH), nullable=False),
     sa.Column("state", sa.String(10), nullable=False, index=True),
     sa.Column("path", sa.Text, nullable=False),  # the recording until the job is done
     sa.Column("keep", sa.Boolean, nullable=False),  # it after that, too
@@ -142,7 +143,8 @@ class Records:
             raise ConfigError(f"truth is {truth!r}: expected {' or '.join(TRUTHS)}")
         row = {"id": new_id(), "at": time.time(), "verdict_id": verdict_id, "client": client, "truth": truth}
         with self._engine.begin() as connection:
-            if not connection.scalar(sa.select(sa.exists().where(verdicts.c.id == verdict_id))):
+            known = sa.select(sa.exists().where(verdicts.c.id == verdict_id))
+            if not _is_id(verdict_id) or not connection.scalar(known):
                 raise UnknownRecordError(f"there is no verdict {verdict_id!r}: send the id that came with the verdict")
             connection.execute(feedback.insert(), row | {"note": note, "confirmed": confirmed})
         return row["id"]
@@ -184,8 +186,10 @@ class Records:
         Raises:
             UnknownRecordError: there is no such job.
         """
-        with self._engine.connect() as connection:
-            row = connection.execute(sa.select(jobs).where(jobs.c.id == id)).mappings().one_or_none()
+        row = None
+        if _is_id(id):
+            with self._engine.connect() as connection:
+                row = connection.execute(sa.select(jobs).where(jobs.c.id == id)).mappings().one_or_none()
         if row is None:
             raise UnknownRecordError(f"there is no job {id!r}: send the id that came when it was accepted")
         return dict(row)
@@ -228,6 +232,10 @@ class Records:
 def new_id() -> str:
     """A name for a record that nobody can guess: 32 hexadecimal digits."""
     return uuid.uuid4().hex
+
+
+def _is_id(text: str) -> bool:
+    return text.isascii() and text.isalnum()  # PostgreSQL takes no zero byte, and no half of a character
 
 
 def _prepare_sqlite(connection, _) -> None:
