@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -59,29 +60,26 @@ def postgres_programs() -> Path | None:
 
 
 @pytest.fixture(scope="session")
-def postgres_url(tmp_path_factory):
+def postgres_url():
     """A PostgreSQL server of our own, reached through a socket in a temporary folder."""
     programs = postgres_programs()
     pytest.importorskip("psycopg")
     if programs is None:
         pytest.skip("PostgreSQL is not installed (Debian: apt-get install postgresql)")
-    folder = tmp_path_factory.mktemp("pg")
-    user = []
-    if os.geteuid() == 0:  # PostgreSQL refuses to run as root
-        if shutil.which("runuser") is None:
-            pytest.skip("running as root, and runuser is missing")
-        user = ["runuser", "-u", "postgres", "--"]
-        for place in (folder, *list(folder.parents)[:2]):
-            place.chmod(0o755)
-        shutil.chown(folder, "postgres")
+    with tempfile.TemporaryDirectory() as folder:  # not pytest's own, which it closes to other users now and then
+        user = []
+        if os.geteuid() == 0:  # PostgreSQL refuses to run as root
+            if shutil.which("runuser") is None:
+                pytest.skip("running as root, and runuser is missing")
+            user = ["runuser", "-u", "postgres", "--"]
+            shutil.chown(folder, "postgres")
 
-    def run(*command: str) -> None:
-        done = subprocess.run([*user, *command], cwd=folder, capture_output=True, text=True, timeout=60)
-        assert done.returncode == 0, done.stderr
+        def run(*command: str) -> None:
+            done = subprocess.run([*user, *command], cwd=folder, capture_output=True, text=True, timeout=200)
+            assert done.returncode == 0, done.stderr
 
-    data = folder / "data"
-    run(str(programs / "initdb"), "-D", str(data), "-A", "trust", "-U", "tests", "-N")
-    options = f"-c listen_addresses= -k {folder} -c fsync=off"
-    run(str(programs / "pg_ctl"), "-D", str(data), "-w", "-l", str(folder / "log"), "-o", options, "start")
-    yield f"postgresql+psycopg://tests@/postgres?host={folder}"
-    run(str(programs / "pg_ctl"), "-D", str(data), "-m", "immediate", "stop")
+        data, options = f"{folder}/data", f"-c listen_addresses= -k {folder} -c fsync=off"
+        run(str(programs / "initdb"), "-D", data, "-A", "trust", "-U", "tests", "-N")
+        run(str(programs / "pg_ctl"), "-D", data, "-w", "-l", f"{folder}/log", "-o", options, "start")
+        yield f"postgresql+psycopg://tests@/postgres?host={folder}"
+        run(str(programs / "pg_ctl"), "-D", data, "-m", "immediate", "stop")
