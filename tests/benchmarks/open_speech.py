@@ -37,6 +37,19 @@ from deepfake_utils.waveforms.batches import train_batches
 from deepfake_utils.waveforms.decode import to_int16
 
 SHIPPED = "deepfake_utils/assets/open.safetensors"
+# What the real speech of a dev or test source is spoken in; all others are English.
+LANGUAGES = {
+    "anonym-demo/diffgan-tts": "Mandarin",
+    "thuhcsi/SnakeGAN": "Mandarin",
+    "thuhcsi/icassp2022-hybrid-bottleneck-vc": "Mandarin",
+    "thuhcsi/interspeech2022-CALM-tts": "Mandarin",
+    "antonisa/griko-italian-parallel-corpus": "Griko",
+    "Atul-Anand-Jha/Speaker-Identification-Python": "English of India",
+    "TranSpeech/TranSpeech.github.io": "several",
+    "mindslab-ai/mindslab-ai.github.io": "several",
+    "Stability-AI/stable-codec-demo": "several",
+    "Chengyuann/AutoStyle-TTS-DEMO": "several",
+}
 
 
 def main() -> None:
@@ -95,12 +108,16 @@ def describe(scores: np.ndarray, trials: pd.DataFrame) -> dict:
             among = own | (labels == 1)
             by_family[name] = compute_eer(scores[among], labels[among]).eer
             accepted[name] = [float((scores[own] >= pooled.threshold).mean()), int(own.sum())]
+    wrong = np.where(labels == 1, scores < pooled.threshold, scores >= pooled.threshold)
+    language = trials["source"].map(LANGUAGES).fillna("English") + np.where(labels == 1, ", real", ", fake")
+    by_language = pd.Series(wrong).groupby(language.to_numpy()).agg(["mean", "size"])
     interval = interval_or_none(eer_metric, scores, labels, trials["source"].to_numpy(), n=1000, seed=0)
     return {
         "pooled": pooled.eer,
         "interval": None if interval is None else [interval.low, interval.high],
         "macro": float(np.mean(list(by_family.values()))),
         "eer": by_family, "fakes_accepted": accepted, "real_rejected": rejected,
+        "wrong_by_language": {name: [float(rate), int(n)] for name, rate, n in by_language.itertuples()},
     }  # fmt: skip
 
 
@@ -132,7 +149,8 @@ def show(weights: str, found: dict) -> None:
     low, high = found["interval"] or (np.nan, np.nan)
     print(f"\n{weights}: pooled {100 * found['pooled']:.1f} % ({100 * low:.1f} to {100 * high:.1f}), "
           f"macro {100 * found['macro']:.1f} %")  # fmt: skip
-    for title, key in (("fakes accepted", "fakes_accepted"), ("real rejected", "real_rejected")):
+    for title, key in (("fakes accepted", "fakes_accepted"), ("real rejected", "real_rejected"),
+                       ("wrong by language", "wrong_by_language")):  # fmt: skip
         rows = sorted(found[key].items(), key=lambda item: -item[1][0])
         print(f"  {title}, %: " + ", ".join(f"{name} {100 * rate:.0f} of {n}" for name, (rate, n) in rows))
 
