@@ -270,8 +270,8 @@ def serve(options: argparse.Namespace) -> int:
         extra = "fleet" if options.fleet else "serve"
         raise ConfigError(f"{error.name} is missing: pip install 'deepfake-utils[{extra}]'") from None
     pairs = [pair.partition("=") for pair in os.environ.get("DEEPFAKE_TOKENS", "").split(",") if pair.strip()]
-    if not all(name.strip() and token.strip() for name, _, token in pairs):
-        raise ConfigError('DEEPFAKE_TOKENS: expected NAME=TOKEN,..., such as "anna=SECRET"')
+    if not all(name.strip() and token.strip() and token.isascii() for name, _, token in pairs):
+        raise ConfigError('DEEPFAKE_TOKENS: expected NAME=TOKEN,..., such as "anna=SECRET", tokens in ASCII')
     tokens = {token.strip(): name.strip() for name, _, token in pairs}
     settings = Settings(
         options.folder, options.weights, options.models, os.environ.get("DATABASE_URL"), tokens, use=options.use,

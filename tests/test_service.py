@@ -17,6 +17,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 from deepfake_utils import Detector
+from deepfake_utils.__main__ import main
 from deepfake_utils.files import atomic_write
 from deepfake_utils.scoring.detector import SHIPPED
 from deepfake_utils.serving.app import create_app
@@ -206,6 +207,13 @@ def test_only_who_has_a_token_is_let_in(tmp_path, recording):
             socket.send_json({"sample_rate_hz": 16000, "token": "WRONG"})
             assert socket.receive_json()["status"] == 401
         assert client.get("/metrics").status_code == 401 and client.get("/ready").status_code == 200
+
+
+@pytest.mark.parametrize("tokens", ["anna", "anna=", "=SECRET", "anna=SECRET,ben=geh\u00e4im"])
+def test_tokens_that_nobody_can_send_are_refused(tokens, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("DEEPFAKE_TOKENS", tokens)
+    assert main(["serve", str(tmp_path), "--port", "0"]) == 2
+    assert "anna=SECRET" in capsys.readouterr().err
 
 
 def test_weights_are_replaced_without_a_lost_request(tmp_path, recording):

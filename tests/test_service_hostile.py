@@ -8,6 +8,7 @@ import threading
 import time
 import wave
 import zlib
+from contextlib import ExitStack
 
 import httpx
 import numpy as np
@@ -16,7 +17,10 @@ import pytest
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
 pytest.importorskip("silero_vad", reason="speech is not told from noise without it")
 
+from websockets.sync.client import connect
+
 from deepfake_utils.scoring.detector import SHIPPED
+from deepfake_utils.serving.limits import Limits
 from tests.service import Running, babble, encoded
 
 pytestmark = pytest.mark.skipif(not SHIPPED.is_file(), reason="no weights are shipped with this version")
@@ -204,6 +208,16 @@ def test_more_slow_clients_than_uploads_at_a_time(victim):
     finally:
         for connection in slow:
             connection.close()
+
+
+def test_live_connections_that_say_nothing_take_no_place(victim):
+    address = f"ws://127.0.0.1:{victim.port}/v1/stream"
+    with ExitStack() as silent:
+        for _ in range(Limits.streams + 1):
+            silent.enter_context(connect(address))
+        with connect(address) as socket:
+            socket.send('{"sample_rate_hz": 16000}')
+            assert json.loads(socket.recv(30))["type"] == "ready"
 
 
 def test_a_head_that_never_ends(victim):

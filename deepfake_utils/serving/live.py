@@ -47,9 +47,9 @@ async def hold(socket: WebSocket, service: Service, who) -> None:
     """One live stream from its hello to its verdict; `who` tells the client's name from a token."""
     await socket.accept()
     try:
-        with service.streams:
-            hello = _hello(await _message(socket, service.limits.idle_s, service.limits.idle_s))
-            client = who(hello.token)
+        hello = _hello(await _message(socket, service.limits.idle_s, service.limits.idle_s))
+        client = who(hello.token)
+        with service.streams:  # no place for who has not said who it is
             await socket.send_json({"type": "ready", "limits": service.limits.stated()})
             await socket.send_json(await _listen(socket, service, hello, client))
         await socket.close(NORMAL)
@@ -73,9 +73,7 @@ async def _listen(socket: WebSocket, service: Service, hello: Hello, client: str
         push(resampler.finish())
         return service.record(listening.finish(), sha256.hexdigest(), client, new_id())
 
-    idle_s = left_s = (
-        service.limits.idle_s
-    )  # pauses take of it, sound gives it back: no place is held by a trickle
+    idle_s = left_s = service.limits.idle_s  # pauses take of it, sound gives it back: no place is held by a trickle
     while True:
         began = time.monotonic()
         if _is_end(message := await _message(socket, idle_s, left_s)):
