@@ -89,14 +89,16 @@ names = [name.strip() for name in detectors.split(",") if name.strip()]
 loaded = {Path(name).stem: Detector.load(name) for name in names} or {"open (shipped)": Detector.load()}
 detector = next(iter(loaded.values()))
 dev, evaluation = (corpus.protocol(split) for split in ("dev", "eval"))
+print(f"{len(dev):,} of dev, {len(evaluation):,} of eval; at most {n_judged} of each source and label are judged.")
 print(f"Weights: {detector.facts['weights']}. They run on: {detector.engine}.")
 
 # %% [markdown]
 # ## Which detector for which device?
 #
 # The time is of one window of 4.04 s on the cores of this machine; a new one falls due every 2.02 s of speech, which
-# *times real time* counts, without decoding and the search for speech. The error rate is of whole recordings of `eval`,
-# every source (speaker, attack) counting alike.
+# *times real time* counts, without decoding and the search for speech; other programs at work show in it. The error
+# rate is of whole recordings of `eval`, every source (repository, or else speaker or attack) counting alike. To compare
+# detectors, name them, such as `detectors = "laptop,phone,tiny"`.
 
 # %%
 import pandas as pd
@@ -124,7 +126,7 @@ tabulate(pd.DataFrame(rows))
 #
 # Real speech of one person with a synthesised sentence spliced in, at its level, cut where it was quiet. Over the
 # waveform: in red what is marked as fake, and the orange line is the truth. Below: the log-odds of every window (a bar
-# as long as the window), and the grey band where a recording would be called uncertain.
+# as long as the window), the threshold (dashed), and the grey band where a recording would be called uncertain.
 
 # %%
 from dataclasses import replace
@@ -142,7 +144,7 @@ windows = calibrate.calibrated(verdict.windows, facts["calibration"])
 marked = stretches(windows, **facts["marks"])
 show(plots.timeline(replace(verdict, windows=windows).timeline, plots.envelope([example.samples]),
                     facts["uncertain_log_odds"], fake_stretches=marked, truth=[example.span_s],
-                    title=f"{example.source} with {example.insert_s:g} s of {example.insert}"), "timeline")
+                    title=f"Real: {example.source}, with {example.insert_s:g} s of {example.insert}"), "timeline")
 say(f"Fake from {example.span_s[0]:.1f} to {example.span_s[1]:.1f} s; marked: "
     + (", ".join(f"{a:.1f} to {b:.1f} s" for a, b in marked) or "nothing"))
 
@@ -151,7 +153,8 @@ say(f"Fake from {example.span_s[0]:.1f} to {example.span_s[1]:.1f} s; marked: "
 # the insert), hard cuts and cross-fades in turn. Every one has a **control**, the same cut with another person's real
 # speech, so that a detector that hears the joint instead of the synthesis gains nothing. *EER* is of windows (half of
 # them or of the insert fake, against windows without any). The bound of the marks was set on `dev` so that at most 5 %
-# of the real time is marked wrongly.
+# of the real time there, over all lengths, is marked wrongly; whether that holds elsewhere, `eval` tells. A dozen
+# recordings a length are few: differences of ten points between rows mean little.
 
 # %%
 found = {split: pd.DataFrame(calibrate.describe_splices(part, facts["marks"])) for split, part in spliced.items()}
@@ -231,8 +234,9 @@ show(plots.costs_of_uses(curves, costs), "uses")
 
 # %% [markdown]
 # Judged on `eval`: expected cost of a recording in the use's own unit, with the 95 % interval over sources where there
-# are enough of them. *Least possible* is the cost of the best threshold for these very recordings, which nobody knows
-# beforehand.
+# are enough of them: **one that reaches what deciding without listening costs has shown no gain**. *Rejected* and
+# *accepted* take the threshold alone, as if none were uncertain. *Least possible* is the cost of the best threshold for
+# these very recordings, which nobody knows beforehand.
 
 # %%
 from deepfake_utils.report.tables import cost_table
@@ -243,7 +247,8 @@ tabulate(cost_table(all_uses, costs))
 # ## Does it hold under codec and noise?
 #
 # The same thresholds on recordings of `eval` after what calls and uploads do to them. The cost is relative to deciding
-# without listening, which has 1: **above 1 the threshold does not hold on that channel**.
+# without listening, which has 1: **above 1 the threshold does not hold on that channel**. A quarter as many recordings
+# are judged as above, therefore *as it is* may differ from it.
 
 # %%
 import torch
