@@ -11,13 +11,13 @@ import os
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Mapping
-from contextlib import closing
+from collections.abc import Mapping, Sequence
+from contextlib import closing, suppress
 from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from deepfake_utils.conventions import LABEL_NAMES, ConfigError
+from deepfake_utils.conventions import LABEL_NAMES, AudioError, ConfigError
 from deepfake_utils.files import atomic_write
 
 DONE, SOME_UNREADABLE = 0, 1
@@ -216,9 +216,13 @@ def score(options: argparse.Namespace) -> int:
         )  # fmt: skip
         outputs.introduce(detector)
         try:
-            with closing(detector.verdicts(files)) as verdicts:
+            seconds = bar_of_seconds(files)
+            with closing(
+                detector.verdicts(files, lambda until_s: seconds.update(int(until_s) - seconds.n))
+            ) as verdicts:
                 bar = tqdm(verdicts, "scoring", len(files), unit="file", leave=False, disable=len(files) == 1)
                 for path, verdict in zip(files, bar, strict=True):
+                    seconds.close()
                     outputs.add(path, verdict)
                     counts[getattr(verdict, "verdict", "unreadable")] += 1
                     if draw:
@@ -228,6 +232,17 @@ def score(options: argparse.Namespace) -> int:
                 found = ", ".join(f"{n:,} {word}" for word, n in counts.most_common()) or "none"
                 print(f"{counts.total():,} of {len(files):,} recordings looked at: {found}", file=sys.stderr)
     return SOME_UNREADABLE if counts["unreadable"] else DONE
+
+
+def bar_of_seconds(files: Sequence[Path]) -> tqdm:
+    """A progress bar over the sound of a single recording, on a terminal, when it has taken a second."""
+    from deepfake_utils.waveforms.decode import audio_info
+
+    total_s = None
+    if is_shown := len(files) == 1 and sys.stderr.isatty():
+        with suppress(AudioError):  # scoring says what is wrong
+            total_s = None if str(files[0]) == "-" else int(audio_info(files[0]).duration_s)
+    return tqdm(desc="scoring", total=total_s, unit=" s of sound", delay=1, leave=False, disable=not is_shown)
 
 
 def score_on_cluster(options: argparse.Namespace) -> int:

@@ -22,6 +22,7 @@ import soundfile
 
 from deepfake_utils import load_model, score_files
 from deepfake_utils.__main__ import main
+from deepfake_utils.commands import bar_of_seconds
 from deepfake_utils.evaluation.scorefile import read_scores
 from deepfake_utils.scoring.detector import Detector
 from deepfake_utils.scoring.weights import save_weights
@@ -445,3 +446,19 @@ def test_an_exported_model_scores_as_its_weights_do(corpus, weights, tmp_path, r
     logits = [[float(row["logit_bonafide"]) for row in csv.DictReader(io.StringIO(d.stdout))] for d in (onnx, torch)]
     assert logits[0] == pytest.approx(logits[1], abs=1e-3) and len(logits[0]) == 3
     assert run_here("score", corpus, "--onnx", tmp_path / "absent.onnx").returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("names", "at_a_terminal", "expected"),
+    [(["a.wav"], True, (False, 3)), (["-"], True, (False, None)), (["no sound.wav"], True, (False, None)),
+     (["a.wav"], False, (True, None)), (["a.wav", "a.wav"], True, (True, None))],
+)  # fmt: skip
+def test_a_single_recording_has_a_bar_over_its_seconds_on_a_terminal(
+    names, at_a_terminal, expected, tmp_path, monkeypatch
+):
+    soundfile.write(tmp_path / "a.wav", np.zeros(50_000), 16_000)
+    (tmp_path / "no sound.wav").write_bytes(b"nothing")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: at_a_terminal, raising=False)
+    bar = bar_of_seconds([Path(name) if name == "-" else tmp_path / name for name in names])
+    assert (bar.disable, bar.total) == expected
+    bar.close()

@@ -127,6 +127,13 @@ def test_verdicts_follow_the_threshold_of_their_use(loud_is_speech, log_odds, us
     assert verdict.verdict == word and (use or "no particular use") in (verdict.use, verdict.reason)
 
 
+def test_what_is_judged_is_told_as_it_is_heard(loud_is_speech):
+    heard = []
+    verdicts = detector().verdicts([level(10.0), silence(10.0), level(5.0)], heard.append)
+    ends = [[window.end_s for window in verdict.windows] for verdict in verdicts]
+    assert ends[1] == [] and heard == ends[0] + ends[2] and heard[-1] == 5.0
+
+
 def test_a_fake_stretch_in_a_real_recording_is_named(loud_is_speech):
     recording = np.concatenate([level(40, 0.05), level(8, -0.05), level(40, 0.05)])
     verdict = detector()(recording, 16_000)

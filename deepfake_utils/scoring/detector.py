@@ -177,11 +177,14 @@ class Detector:
             rows = [verdict_row(path, verdict) for path, verdict in zip(files, bar, strict=True)]
         return pd.DataFrame(rows)
 
-    def verdicts(self, recordings: Iterable[Path | np.ndarray]) -> Iterator[Verdict | AudioError]:
+    def verdicts(
+        self, recordings: Iterable[Path | np.ndarray], heard: Callable[[float], None] = lambda until_s: None
+    ) -> Iterator[Verdict | AudioError]:
         """The verdict on each recording, or what keeps it from being read, in order and as soon as it is known.
 
         Args:
             recordings: files, or waveforms (n,) float32 at 16 kHz in [-1, 1]; made ahead of the model by a thread.
+            heard: is told after each window, in seconds of its recording, up to where it was judged.
         """
         judged: list[Judged] = []
 
@@ -202,6 +205,7 @@ class Detector:
             for thing, logits in scored:
                 if logits is not None:
                     judged.append(self.judge(thing, logits))
+                    heard(thing.end_s)
                     continue
                 windows, judged = judged, []
                 if isinstance(thing, AudioError):
