@@ -1,13 +1,16 @@
-"""The service on Ray Serve under load: replicas killed, weights replaced, nothing accepted lost."""
+"""The service on Ray Serve under load: replicas killed and added, weights replaced, nothing accepted lost."""
 
+import json
 import subprocess
 import sys
 import threading
 import time
 
 import httpx
+import numpy as np
 import psutil
 import pytest
+from websockets.sync.client import connect
 
 pytest.importorskip("ray.serve", reason="the extra fleet is not installed")
 
@@ -19,23 +22,23 @@ from tests.ray_cluster import two_nodes  # noqa: E402
 from tests.service import babble, encoded  # noqa: E402
 
 N_CLIENTS = 4
+N_CORES = 3  # that Ray is told of, so that there is room for one replica more than at the start
 
 
 @pytest.fixture(scope="module")
 def cluster():
-    with two_nodes() as environment:
+    with two_nodes(n_cores=N_CORES) as environment:
         yield environment
 
 
 class Clients:
     """Some that ask one request after the other, and ask again where no answer came."""
 
-    def __init__(self, url: str, recording: bytes):
+    def __init__(self, url: str, recording: bytes, n: int = N_CLIENTS):
         self.answers, self.failed, self._url, self._recording = [], [], url, recording
-        self._stop, self._threads = threading.Event(), []
+        self._stop, self._threads = threading.Event(), [threading.Thread(target=self._ask) for _ in range(n)]
 
     def __enter__(self):
-        self._threads = [threading.Thread(target=self._ask) for _ in range(N_CLIENTS)]
         for thread in self._threads:
             thread.start()
         return self
@@ -48,7 +51,7 @@ class Clients:
     def _ask(self) -> None:
         while not self._stop.is_set():
             try:
-                answer = httpx.post(f"{self._url}/v1/score", content=self._recording, timeout=60)
+                answer = httpx.post(f"{self._url}/v1/score", content=self._recording, timeout=100)
             except httpx.TransportError as error:
                 self.failed.append(repr(error))
                 continue
@@ -60,7 +63,7 @@ class Clients:
         wait_until(lambda: len(self.answers) >= wanted)
 
 
-def wait_until(holds, seconds: float = 100) -> None:
+def wait_until(holds, seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < end
@@ -72,22 +75,39 @@ def replicas(name: str) -> list[psutil.Process]:
     return [p for p in found if f"ServeReplica:detector:{name}" in " ".join(p.info["cmdline"] or ())]
 
 
+SERVE_HASTILY = """
+import sys
+from deepfake_utils.__main__ import main
+from deepfake_utils.serving import replicas
+replicas.MORE_AFTER_S, replicas.FEWER_AFTER_S = 1.0, 2.0
+sys.exit(main(["serve", sys.argv[1], "--fleet", "--port", "0"]))
+"""
+
+
 @pytest.fixture(scope="module")
-def served(cluster, tmp_path_factory):
-    """Folder and address of a service on the cluster."""
-    folder = tmp_path_factory.mktemp("service")
-    command = [sys.executable, "-m", "deepfake_utils", "serve", str(folder), "--fleet", "--port", "0"]
-    process = subprocess.Popen(command, env=cluster, stdout=subprocess.PIPE)
+def database(request, tmp_path_factory) -> str:
+    """A PostgreSQL where one is installed, as belongs behind several fronts; else an SQLite file."""
     try:
-        url = process.stdout.readline().decode().split()[0]
-        yield folder, url
+        return request.getfixturevalue("postgres_url")
+    except pytest.skip.Exception:
+        return f"sqlite:///{tmp_path_factory.mktemp('records')}/records.sqlite"
+
+
+@pytest.fixture(scope="module")
+def served(cluster, database, tmp_path_factory):
+    """Folder, address and records of a service on the cluster whose replicas come and go within seconds."""
+    folder = tmp_path_factory.mktemp("service")
+    command = [sys.executable, "-c", SERVE_HASTILY, folder]
+    process = subprocess.Popen(command, env=cluster | {"DATABASE_URL": database}, stdout=subprocess.PIPE)
+    try:
+        yield folder, process.stdout.readline().decode().split()[0], Records(database)
     finally:
         process.terminate()
-        process.wait(60)
+        process.wait(100)
 
 
 def test_killed_replicas_and_new_weights_under_load_lose_nothing(served):
-    folder, url = served
+    folder, url, records = served
     samples = babble(4.0)
     expected = Detector.load()(samples, 16_000)
     versions = Versions(folder / "models")
@@ -103,12 +123,74 @@ def test_killed_replicas_and_new_weights_under_load_lose_nothing(served):
         wait_until(lambda: {answer["model"] for answer in clients.answers[-8:]} == {"second"})
         assert not clients.failed, "a judge that dies and weights that change are nothing a client sees"
 
-        long = httpx.post(f"{url}/v1/jobs", content=encoded(babble(40.0)), timeout=60).raise_for_status().json()
+        long = httpx.post(f"{url}/v1/jobs", content=encoded(babble(40.0)), timeout=100).raise_for_status().json()
         replicas("jobs")[0].kill()
         replicas("front")[0].kill()
         clients.wait_for(12)
-    wait_until(lambda: httpx.get(f"{url}/v1/jobs/{long['id']}", timeout=60).json()["state"] == "done")
+    wait_until(lambda: httpx.get(f"{url}/v1/jobs/{long['id']}", timeout=100).json().get("state") == "done")
     assert len(clients.failed) <= N_CLIENTS, "of the front that died only what was under way"
-    known = set(Records(f"sqlite:///{folder}/records.sqlite").verdicts()["id"])
+    known = set(records.verdicts()["id"])
     ids = {answer["id"] for answer in clients.answers} | {long["id"]}
     assert ids <= known and len(ids) == len(clients.answers) + 1
+
+
+def test_another_port_than_that_of_ray_serve_is_refused(cluster, served):
+    command = [sys.executable, "-m", "deepfake_utils", "serve", str(served[0]), "--fleet", "--port", "1"]
+    done = subprocess.run(command, env=cluster, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 2 and "does not listen on 127.0.0.1:1" in done.stderr
+    assert httpx.get(f"{served[1]}/ready", timeout=100).status_code == 200
+
+
+def test_live_sound_gets_the_same_windows_through_the_fleet(served):
+    _, url, records = served
+    samples = babble(9.0)
+    from_file = httpx.post(f"{url}/v1/score", content=encoded(samples), timeout=100).raise_for_status().json()
+    with connect(f"{url.replace('http', 'ws')}/v1/stream") as socket:
+        socket.send(json.dumps({"sample_rate_hz": 16_000}))
+        said = [json.loads(socket.recv(100))]
+        for number, chunk in enumerate(np.array_split(samples, 30)):
+            if number == 15:
+                replicas("judge")[0].kill()  # who looks at the windows is nothing the client sees
+            socket.send(chunk.tobytes())
+        socket.send(json.dumps({"end": True}))
+        while said[-1]["type"] != "verdict":
+            said.append(json.loads(socket.recv(100)))
+    ready, *windows, verdict = said
+    assert ready["type"] == "ready" and {window["type"] for window in windows} == {"window"}
+    assert verdict["score"] == pytest.approx(from_file["score"], abs=1e-3)
+    assert [w["start_s"] for w in verdict["windows"]] == [w["start_s"] for w in from_file["windows"]]
+    assert {verdict["id"], from_file["id"]} <= set(records.verdicts()["id"])
+
+
+def test_what_one_front_accepted_others_know_when_it_is_dead(served):
+    _, url, records = served
+    recording = encoded(babble(4.0))
+    with Clients(url, recording) as clients:  # all fronts write at the same time
+        clients.wait_for(8)
+        job = httpx.post(f"{url}/v1/jobs", content=encoded(babble(120.0)), timeout=100).raise_for_status().json()["id"]
+        before = replicas("front")
+        for front in before:  # whichever it was
+            front.kill()
+        clients.wait_for(8)
+    assert not {front.pid for front in before} & {front.pid for front in replicas("front")}
+    told = {}
+    for answer in clients.answers:
+        truth = {"verdict_id": answer["id"], "truth": "spoof"}
+        told[answer["id"]] = httpx.post(f"{url}/v1/feedback", json=truth, timeout=100).raise_for_status().json()["id"]
+    wait_until(lambda: httpx.get(f"{url}/v1/jobs/{job}", timeout=100).json().get("state") == "done")
+    assert {*told, job} <= set(records.verdicts()["id"]) and len(told) == len(clients.answers)
+    found = records.feedback().set_index("id")["verdict_id"]
+    assert found[list(told.values())].tolist() == list(told)
+
+
+def test_replicas_come_with_the_load_and_go_after_it(served):
+    _, url, records = served
+    wait_until(lambda: len(replicas("front")) == 2)
+    with Clients(url, encoded(babble(4.0)), n=64) as clients:
+        wait_until(lambda: len(replicas("front")) == N_CORES)
+        clients.wait_for(64)
+    with Clients(url, encoded(babble(4.0)), n=1) as client:
+        wait_until(lambda: len(replicas("front")) == 2)
+        client.wait_for(4)
+    assert not clients.failed and not client.failed, "a front that is sent away answers what it has"
+    assert {answer["id"] for answer in clients.answers + client.answers} <= set(records.verdicts()["id"])

@@ -39,6 +39,7 @@ from deepfake_utils.serving.service import Service, Settings
 NAME, JUDGE = "detector", "judge"
 FRONT_RECORDINGS = 8  # that one front looks at side by side, most of the time waiting for a judge
 WAIT_FOR_BATCH_S = 0.005
+MORE_AFTER_S, FEWER_AFTER_S = 10.0, 300.0  # of too much and of too little to do; replicas come sooner than they go
 MODELS_KEPT = 2  # by a judge: what is in service, and what was before
 RETRIES_S = (0.0, 0.2, 1.0, 3.0, 6.0, 12.0)  # waits before a window is asked for again, until a dead judge is replaced
 
@@ -142,7 +143,11 @@ def application(settings: Settings, n_cores: int) -> serve.Application:
     """
     settings = replace(settings, folder=Path(settings.folder).absolute(),
                        limits=replace(settings.limits, concurrent=FRONT_RECORDINGS))  # fmt: skip
-    scaled = {"min_replicas": min(2, n_cores), "max_replicas": n_cores, "initial_replicas": min(2, n_cores)}
+    scaled = {
+        "min_replicas": min(2, n_cores), "max_replicas": n_cores, "initial_replicas": min(2, n_cores),
+        "upscale_delay_s": MORE_AFTER_S, "look_back_period_s": MORE_AFTER_S, "metrics_interval_s": MORE_AFTER_S / 5,
+        "downscale_delay_s": FEWER_AFTER_S,
+    }  # fmt: skip
 
     def front_app():
         judge = serve.get_deployment_handle(JUDGE, app_name=NAME)
@@ -169,7 +174,7 @@ def serve_fleet(settings: Settings, host: str, port: int) -> None:
     Where it runs already, what has changed is rolled out replica by replica.
 
     Raises:
-        FleetError: it does not start there.
+        FleetError: it does not start there, or Ray Serve runs there and listens on another port.
     """
     connect()
     if not port:  # Ray would take one and not say which
@@ -178,11 +183,28 @@ def serve_fleet(settings: Settings, host: str, port: int) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         serve.start(http_options={"host": host, "port": port})
-        serve.run(application(settings, max(1, int(ray.cluster_resources().get("CPU", 1)))), name=NAME)
-        print(f"http://{host}:{port}  on Ray Serve; ends with Ctrl-C", flush=True)
-        while True:
-            time.sleep(60)
+        _refuse_other_port(host, port)
+        _run(application(settings, max(1, int(ray.cluster_resources().get("CPU", 1)))), f"http://{host}:{port}")
     except (RayError, RuntimeError) as error:
         raise FleetError(f"the service did not start on the cluster: {error}") from error
+
+
+def _run(app: serve.Application, url: str) -> None:
+    try:
+        serve.run(app, name=NAME)
+        print(f"{url}  on Ray Serve; ends with Ctrl-C", flush=True)
+        while True:
+            time.sleep(60)
     finally:
         serve.delete(NAME)
+
+
+def _refuse_other_port(host: str, port: int) -> None:
+    """Raise a FleetError where Ray Serve was started before, to listen somewhere else."""
+    try:
+        socket.create_connection((host, port), timeout=10).close()
+    except OSError as error:
+        raise FleetError(
+            f"Ray Serve runs on this cluster already, and does not listen on {host}:{port} ({error}): name the --host "
+            "and --port that it was started with"
+        ) from error
