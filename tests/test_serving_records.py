@@ -159,3 +159,11 @@ def test_a_database_that_cannot_be_opened_is_one_error_without_the_password(url)
     with pytest.raises(ConfigError, match="cannot be opened") as problem:
         Records(url)
     assert "secret" not in str(problem.value)
+
+
+def test_nobody_else_on_the_machine_reads_the_records(tmp_path):
+    records = Records(f"sqlite:///{tmp_path}/new/records.sqlite")
+    records.add_verdict(**VERDICT)
+    files = list((tmp_path / "new").iterdir())
+    assert len(files) >= 2, "the file itself, and that of what was written last"
+    assert not any(path.stat().st_mode & 0o077 for path in files)

@@ -82,7 +82,7 @@ class Records:
         try:
             address = sa.make_url(url)
             if address.get_backend_name() == "sqlite" and address.database:
-                Path(address.database).parent.mkdir(parents=True, exist_ok=True)
+                _make_private(address.database)
                 self._engine = sa.create_engine(address, connect_args={"timeout": BUSY_S})
                 sa.event.listen(self._engine, "connect", _prepare_sqlite)
             else:
@@ -236,6 +236,14 @@ def new_id() -> str:
 
 def _is_id(text: str) -> bool:
     return text.isascii() and text.isalnum()  # PostgreSQL takes no zero byte, and no half of a character
+
+
+def _make_private(database: str) -> None:
+    """An empty file that nobody else on this machine can read; the files that SQLite puts beside it are as it is."""
+    path = Path(database)
+    if database != ":memory:" and not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch(mode=0o600)
 
 
 def _prepare_sqlite(connection, _) -> None:

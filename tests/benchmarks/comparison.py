@@ -135,7 +135,7 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     lines = []
     for name, runs in table.groupby("row", sort=False):
         middle = runs.sort_values("pooled").iloc[(len(runs) - 1) // 2]
-        line = {"row": name, "parameters": f"{runs['parameters'].iloc[0]:,}", "ms": f"{runs['ms'].median():.1f}"}
+        line = {"row": name, "parameters": f"{int(runs['parameters'].iloc[0]):,}", "ms": f"{runs['ms'].median():.1f}"}
         for what in ("macro", "pooled"):
             percent = 100 * runs[what]
             line[f"{what} %"] = f"{percent.mean():.1f} ({percent.min():.1f} to {percent.max():.1f})"
