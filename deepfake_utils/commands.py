@@ -359,10 +359,12 @@ def in_columns(table) -> str:
 def monitor(options: argparse.Namespace) -> int:
     """Render a report on a service as a notebook with pictures: drift, verdicts, feedback, decisions."""
     from deepfake_utils.serving import headless
+    from deepfake_utils.serving.records import existing_database
 
+    database = existing_database(options.database)  # the notebook runs in another folder
     settings = {"days": options.days, "false_alarms": options.false_alarms}
     notebooks = options.notebooks or headless.NOTEBOOKS
-    print(headless.monitor(options.database, options.models, options.out, notebooks, **settings))
+    print(headless.monitor(database, options.models, options.out, notebooks, **settings))
     found = json.loads((options.out / "monitor" / "result.json").read_text(encoding="utf-8"))
     print(found["problem"] or f"drift: {', '.join(found['drifted']) or 'none seen'}")
     return DONE
@@ -376,14 +378,15 @@ def retrain(options: argparse.Namespace) -> int:
     """
     from deepfake_utils.serving import retraining
     from deepfake_utils.serving.headless import NOTEBOOKS
-    from deepfake_utils.serving.records import Records
+    from deepfake_utils.serving.records import Records, existing_database
 
     wish = retraining.Wish(
         str(options.base.resolve()), str(options.data.resolve()) if options.data else "",
         tuple(str(folder.resolve()) for folder in options.test), dict(options.parameters),
         retraining.read_rules(options.rules),
     )  # fmt: skip
-    retraining.retrain(Records(options.feedback), options.models, wish, options.notebooks or NOTEBOOKS)
+    records = Records(existing_database(options.feedback))
+    retraining.retrain(records, options.models, wish, options.notebooks or NOTEBOOKS)
     return DONE
 
 

@@ -138,11 +138,12 @@ def fill(records: Records, n: int, **changes) -> None:
             records.add_feedback(id, client=row.client, truth="bonafide", confirmed=i % 20 == 0)
 
 
-def test_the_report_is_a_notebook_with_pictures_that_show(tmp_path, capsys):
+def test_the_report_is_a_notebook_with_pictures_that_show(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # as in the README: the records are named from where the command is given
     weights = tmp_path / "models" / "base-1" / "weights.safetensors"
     Versions(tmp_path / "models").take_over("installed", weights, "base-1")
     drift.write_reference(weights, draw(np.random.default_rng(5), 300).drop(columns="client"), "dev of a corpus")
-    url = f"sqlite:///{tmp_path}/records.sqlite"
+    url = "sqlite:///records.sqlite"
     fill(Records(url), 120, level_db=-6.0)
     code = main(["monitor", "--database", url, "--models", str(tmp_path / "models"), "--out", str(tmp_path / "out")])
     assert code == 0 and "drift: level" in capsys.readouterr().out

@@ -16,7 +16,16 @@ pytest.importorskip("sqlalchemy")
 import sqlalchemy as sa
 
 from deepfake_utils.conventions import ConfigError
-from deepfake_utils.serving.records import DONE, FAILED, RUNNING, WAITING, Records, UnknownRecordError, new_id
+from deepfake_utils.serving.records import (
+    DONE,
+    FAILED,
+    RUNNING,
+    WAITING,
+    Records,
+    UnknownRecordError,
+    existing_database,
+    new_id,
+)
 
 VERDICT = dict(
     client="alice", sha256="0" * 64, score=-1.5, verdict="fake", model="open-1", calibration="1.16 -0.82",
@@ -167,3 +176,15 @@ def test_nobody_else_on_the_machine_reads_the_records(tmp_path):
     files = list((tmp_path / "new").iterdir())
     assert len(files) >= 2, "the file itself, and that of what was written last"
     assert not any(path.stat().st_mode & 0o077 for path in files)
+
+
+def test_records_that_are_looked_into_are_there_and_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=f"{tmp_path}/service/records.sqlite: there is no such file"):
+        existing_database("sqlite:///service/records.sqlite")
+    assert not (tmp_path / "service").exists()
+    Records("sqlite:///service/records.sqlite").add_verdict(**VERDICT)
+    url = existing_database("sqlite:///service/records.sqlite")
+    monkeypatch.chdir("/")
+    assert len(Records(url).verdicts()) == 1
+    assert existing_database("postgresql+psycopg://user:secret@host/db") == "postgresql+psycopg://user:secret@host/db"

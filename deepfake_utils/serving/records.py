@@ -238,6 +238,27 @@ def _is_id(text: str) -> bool:
     return text.isascii() and text.isalnum()  # PostgreSQL takes no zero byte, and no half of a character
 
 
+def existing_database(url: str) -> str:
+    """The address of records that are there, the same from every folder: of an SQLite file with its whole path.
+
+    Raises:
+        ConfigError: it names an SQLite file that is not there, where opening it would make an empty one.
+    """
+    try:
+        address = sa.make_url(url)
+    except sa.exc.ArgumentError:
+        return url  # Records says what is wrong with it
+    if address.get_backend_name() != "sqlite" or not address.database or address.database == ":memory:":
+        return url
+    path = Path(address.database).absolute()
+    if not path.is_file():
+        raise ConfigError(
+            f"{path}: there is no such file with the records of a service: expected records.sqlite in the folder of "
+            "`serve`, such as sqlite:///runs/service/records.sqlite"
+        )
+    return address.set(database=str(path)).render_as_string(hide_password=False)
+
+
 def _make_private(database: str) -> None:
     """An empty file that nobody else on this machine can read; the files that SQLite puts beside it are as it is."""
     path = Path(database)
