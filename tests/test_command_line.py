@@ -82,10 +82,10 @@ def weights(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Path:
     """A folder with two bona fide recordings and one spoof."""
-    root = tmp_path_factory.mktemp("corpus")
+    root = tmp_path_factory.mktemp("alone") / "corpus"
     noise = np.random.default_rng(0).normal(0, 0.1, (3, 8000))
     for name, samples in zip(("bonafide/a.wav", "bonafide/b.flac", "spoof/c.wav"), noise, strict=True):
-        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
         soundfile.write(root / name, samples, 16000)
     return root
 
