@@ -16,6 +16,7 @@ pytest.importorskip("sqlalchemy")
 import sqlalchemy as sa
 
 from deepfake_utils.conventions import ConfigError
+from deepfake_utils.serving.feedback import claims_of
 from deepfake_utils.serving.records import (
     DONE,
     FAILED,
@@ -188,3 +189,11 @@ def test_records_that_are_looked_into_are_there_and_found_from_any_folder(tmp_pa
     monkeypatch.chdir("/")
     assert len(Records(url).verdicts()) == 1
     assert existing_database("postgresql+psycopg://user:secret@host/db") == "postgresql+psycopg://user:secret@host/db"
+
+
+def test_without_feedback_nobody_claims_anything(tmp_path):
+    records = Records(f"sqlite:///{tmp_path}/records.sqlite")
+    assert claims_of(records.feedback(), records.verdicts()).empty, "nothing judged yet"
+    records.add_feedback(records.add_verdict(**VERDICT), client="bob", truth="spoof", confirmed=True)
+    claims = claims_of(records.feedback(), records.verdicts())
+    assert claims.empty and list(claims) == ["sha256", "client", "label", "path"], "confirmed, of a recording not kept"

@@ -40,7 +40,7 @@ def claims_of(feedback: pd.DataFrame, verdicts: pd.DataFrame) -> pd.DataFrame:
         "label": said["truth"].map(LABELS),
     })  # fmt: skip
     claims["path"] = claims["sha256"].map(kept)
-    there = [isinstance(path, str) and Path(path).is_file() for path in claims["path"]]
+    there = claims["path"].map(lambda path: isinstance(path, str) and Path(path).is_file()).astype(bool)
     return claims[there].drop_duplicates(["sha256", "client"], keep="last").sort_values(
         ["sha256", "client"], ignore_index=True
     )  # fmt: skip
