@@ -27,10 +27,10 @@ import torch
 from open_speech import chosen, describe
 
 from deepfake_utils.commands import in_columns
-from deepfake_utils.conventions import CROP_SAMPLES
 from deepfake_utils.corpora import find_corpora
 from deepfake_utils.files import atomic_write
 from deepfake_utils.scoring.score import score_protocol
+from deepfake_utils.scoring.targets import milliseconds
 from deepfake_utils.scoring.weights import load_model
 from deepfake_utils.waveforms import open_source
 
@@ -91,14 +91,14 @@ def run(options: argparse.Namespace, name: str, seed: int) -> dict:
         command = command[:4]
     start = time.perf_counter()
     subprocess.run([sys.executable, *command, "--device", "cpu"], check=True)
-    model = load_model(weights=folder / "best.safetensors")
+    model = load_model(weights=folder / "best.safetensors").eval()
     trials = chosen(find_corpora(options.data)[0].protocol("dev"), options.per_family)
     scores = score_protocol(model, trials, source=open_source(trials, kind="cache"), progress=None)["score"].to_numpy()
     found = describe(scores, trials)
     return {
         "row": name, "seed": seed, "macro": found["macro"], "pooled": found["pooled"], "low": found["interval"][0],
         "high": found["interval"][1], "parameters": sum(p.numel() for p in model.parameters()),
-        "ms": milliseconds(model), "seconds": time.perf_counter() - start,
+        "ms": milliseconds(torch.inference_mode()(model)), "seconds": time.perf_counter() - start,
     }  # fmt: skip
 
 
@@ -116,18 +116,6 @@ def part_of(data: Path, out: Path, share: float, synthesised: bool) -> Path:
     with atomic_write(folder / "manifest.csv") as part:
         manifest[kept].to_csv(part, index=False)
     return folder
-
-
-@torch.inference_mode()
-def milliseconds(model: torch.nn.Module, n: int = 20) -> float:
-    """Processor time of one window in PyTorch on one core, the median."""
-    model.eval()
-    waveform, times = 0.1 * torch.randn(1, CROP_SAMPLES), []
-    for _ in range(n):
-        start = time.process_time()
-        model(waveform)
-        times.append(1e3 * (time.process_time() - start))
-    return sorted(times)[n // 2]
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
