@@ -162,6 +162,30 @@ def test_a_model_is_exported_once_for_its_weights(tmp_path, monkeypatch):
     assert len(written) == 3 and written[2] == written[1]
 
 
+def test_a_model_is_exported_again_when_the_code_that_writes_it_has_changed(exported, tmp_path, monkeypatch):
+    from deepfake_utils.scoring import onnx as room
+
+    assert [part.name for part in room.CODE] == ["onnx.py", "models"]
+    code, others = tmp_path / "onnx.py", tmp_path / "models"
+    others.mkdir()
+    code.write_text("before")
+    (others / "lcnn.py").write_text("before")
+
+    def copied(model, path):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(exported[1].read_bytes())
+        return path
+
+    monkeypatch.setattr(room, "CODE", (code, others))
+    monkeypatch.setattr(room, "export_onnx", copied)
+    for changed in (None, code, others / "lcnn.py"):
+        if changed:
+            changed.write_text("after")
+        cached_scorer(exported[0], tmp_path / "cache")
+        cached_scorer(exported[0], tmp_path / "cache")
+    assert len(list((tmp_path / "cache").iterdir())) == 3
+
+
 def test_a_short_waveform_is_refused(exported):
     model, path = exported
     with pytest.raises(AudioError, match=str(model.min_samples)):

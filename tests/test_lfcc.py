@@ -18,7 +18,7 @@ from deepfake_utils.models.lfcc import (
     LogSpectrogram,
     build_front_end,
 )
-from deepfake_utils.scoring.onnx import PowerByFolding
+from deepfake_utils.scoring.onnx import PowerInTwoSteps
 
 CONFIGS = {"standard": LfccConfig(), "high-resolution": LFCC_HIGH_RESOLUTION}
 
@@ -149,7 +149,7 @@ def test_gradient_of_lfcc_is_that_of_the_definition():
 def test_the_path_that_onnx_exporters_see_gives_the_same_powers(name):
     power = build_front_end(name).power
     waveform = torch.from_numpy(speech_like(5000))[None]
-    ordinary, exported = power(waveform), PowerByFolding(build_front_end(name).config)(waveform)
+    ordinary, exported = power(waveform), PowerInTwoSteps(build_front_end(name).config)(waveform)
     assert exported.shape == ordinary.shape
     peak = ordinary.amax(-1, keepdim=True)
     assert ((exported - ordinary).abs() <= 4e-6 * peak).all()  # a few roundings of the largest bin

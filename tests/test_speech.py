@@ -66,40 +66,52 @@ def test_speech_is_found_where_it_is_whatever_the_chunks(reference_data):
 def test_what_is_silent_costs_the_network_nothing(monkeypatch):
     asked = []
 
-    class Network:
-        def run(self, names, inputs):
-            asked.append(len(inputs["input"]))
-            return np.ones((len(inputs["input"]), 1)), inputs["h"], inputs["c"]
+    def network(frames, memory):
+        asked.append(len(frames))
+        return np.ones(len(frames)), memory
 
-    monkeypatch.setattr(speech_module, "_load_silero", Network)
+    monkeypatch.setattr(speech_module, "_load_silero", lambda: network)
     silence, loud = np.zeros(10 * FRAME_SAMPLES), np.full(5 * FRAME_SAMPLES, 0.1)
     assert flags(np.concatenate([silence, loud, silence])).tolist() == [False] * 10 + [True] * 5 + [False] * 10
     assert flags(silence, 700, 900).tolist() == [False] * 10
     assert sum(asked) == 5
 
 
-def test_the_graph_by_rows_gives_the_probabilities_of_the_packages_own():
-    onnxruntime = pytest.importorskip("onnxruntime")
-    onnx = pytest.importorskip("onnx")
+def test_matrix_products_give_the_probabilities_of_the_packages_own_graph():
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
     network = silero.silero_file()
-    own, quick = onnxruntime.InferenceSession(str(network)), silero.open_silero(network)
+    own, quick = silero.as_given(network), silero.by_products(network)
     rng = np.random.default_rng(3)
-    states = [np.zeros((2, 1, 1, 128), np.float32)] * 2
-    for n_frames, level in ((1, 0.1), (63, 0.5), (300, 0.01)):
+    memories = [np.zeros((2, 1, 1, 128), np.float32)] * 2
+    for n_frames, level in ((1, 0.1), (63, 0.5), (300, 0.01), (2, 1e-4)):
         frames = (level * rng.standard_normal((n_frames, 576)) * np.hanning(576)).astype(np.float32)
-        results = []
-        for number, session in enumerate((own, quick)):
-            inputs = {"input": frames, "h": states[number][0], "c": states[number][1]}
-            probability, *states[number] = session.run(["speech_probs", "hn", "cn"], inputs)
-            results.append(probability.ravel())
-        np.testing.assert_allclose(results[0], results[1], atol=1e-4)
-    graph = onnx.load_from_string(silero.by_rows(network)).graph
-    assert {"Conv", "MatMul"} <= {node.op_type for node in graph.node}
+        (expected, memories[0]), (found, memories[1]) = own(frames, memories[0]), quick(frames, memories[1])
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+        np.testing.assert_allclose(memories[1], memories[0], rtol=1e-4, atol=1e-5)
+
+
+def test_real_speech_has_the_probabilities_of_the_packages_own_graph(reference_data):
+    network = silero.silero_file()
+    path = next((reference_data / "open_speech" / "bonafide" / "librispeech_test_other").glob("*.flac"))
+    speech, _ = soundfile.read(path, dtype="float32", frames=10 * 16_000)
+    frames = np.lib.stride_tricks.sliding_window_view(speech, 576)[::512].copy()
+    networks = silero.as_given(network), silero.open_silero(network)
+    expected, found = (one(frames, np.zeros((2, 1, 1, 128), np.float32))[0] for one in networks)
+    assert expected.max() > 0.9 and expected.min() < 0.1
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_a_graph_of_another_version_is_run_as_it_is(monkeypatch):
     def unknown(network):
         raise KeyError("stft.forward_basis_buffer")
 
-    monkeypatch.setattr(silero, "by_rows", unknown)
-    assert silero.probabilities(silero.open_silero(silero.silero_file())).shape == (8,)
+    monkeypatch.setattr(silero, "by_products", unknown)
+    assert silero.in_noise(silero.open_silero(silero.silero_file())).shape == (8,)
+
+
+def test_numbers_that_differ_are_not_taken(monkeypatch):
+    network = silero.silero_file()
+    own = silero.as_given(network)
+    monkeypatch.setattr(silero, "by_products", lambda network: lambda frames, memory: (np.zeros(len(frames)), memory))
+    np.testing.assert_array_equal(silero.in_noise(silero.open_silero(network)), silero.in_noise(own))

@@ -14,6 +14,7 @@ import math
 import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import deepfake_utils
+from deepfake_utils import __version__, models
 from deepfake_utils.conventions import CROP_SAMPLES, SAMPLE_RATE_HZ, CheckpointError, ConfigError
 from deepfake_utils.files import atomic_write
 from deepfake_utils.models import MODELS, fast
@@ -36,11 +37,13 @@ from deepfake_utils.scoring.weights import score_kind
 
 OPSET = 17
 INPUT_NAME = "waveform"
+CODE = (resources.files(__package__) / "onnx.py", resources.files(models))  # what decides how a model is written
 LOGIT_TOLERANCE = 1e-4  # of an exported model: two orders of float32's rounding through its layers
 
 # Of an encoder in a graph: 48 take 0.84 to 0.89 of the time of one, for 1 to 16 clips of 4 s; for 16 clips 24 gain
 # nothing.
 PIECES = 48
+COLUMNS = 16  # of a power spectrum's points, at most: 32 take 3 % longer
 BLOCKS_IN_PIECES = 2  # a third makes it slower again: the frames computed twice weigh more, its maps are small
 
 
@@ -96,39 +99,46 @@ class Waves(torch.autograd.Function):
         return g.op(function, g.op("Mul", g.op("Mod", g.op("MatMul", n, k), period, fmod_i=1), step))
 
 
-class PowerByFolding(PowerSpectrum):
-    """With real cosine and sine matrices, ONNX having no complex numbers: of frames folded twice.
+class PowerInTwoSteps(PowerSpectrum):
+    """With real cosine and sine matrices, ONNX having no complex numbers: Cooley and Tukey's FFT in two products.
 
-    Cosines are even about half of their period, sines odd; about its quarter both are one or the other, by whether the
-    bin's number is even. So sums and differences of mirrored samples leave a quarter of the products.
+    With N = rows * columns points, sample columns i + j and bin k = r + rows s, exp(-2 pi i n k / N) is
+    exp(-2 pi i i r / rows) exp(-2 pi i j k / N). So every column j, a sequence of its own, is convolved with waves over
+    i, which also cuts the frames and puts the window on; then a matrix for every r mixes the columns. That is a
+    seventh of the products of one large matrix, and no copy of the frames.
     """
 
     def powers(self, waveform: Tensor) -> Tensor:
-        half, quarter = self.n_fft // 2, self.n_fft // 4
-        frames = F.pad(self._frames(waveform) * self.window, (0, self.n_fft - self.window_samples))
-        mirrored = frames[..., half + 1 :].flip(-1)  # samples N - 1, ..., N / 2 + 1 beside 1, ..., N / 2 - 1
-        even = torch.cat([frames[..., :1], frames[..., 1:half] + mirrored, frames[..., half : half + 1]], -1)
-        odd = F.pad(frames[..., 1:half] - mirrored, (1, 1))
-        even_mirrored, odd_mirrored = (F.pad(x[..., quarter + 1 :].flip(-1), (0, 1)) for x in (even, odd))
-        even, odd = even[..., : quarter + 1], odd[..., : quarter + 1]
-        n = torch.arange(quarter + 1.0)[:, None]
-        powers = []
-        for parity, sign in ((0, 1), (1, -1)):  # bins 0, 2, ... and 1, 3, ...
-            bins = torch.arange(parity, self.n_bins + parity, 2.0)[None]
-            real = (even + sign * even_mirrored) @ Waves.apply(n, bins, self.n_fft, "Cos")
-            imaginary = (odd - sign * odd_mirrored) @ Waves.apply(n, bins, self.n_fft, "Sin")
-            powers.append(real.square() + imaginary.square())
-        return torch.stack(powers, -1).flatten(-2)[..., : self.n_bins]
+        columns = math.gcd(self.hop_samples, self.window_samples, self.n_fft, COLUMNS)
+        rows = self.n_fft // columns
+        remainders = rows // 2 + 1  # the others mirror these: the waveform is real
+        whole = waveform[:, : waveform.shape[1] // columns * columns]
+        x = whole.reshape(waveform.shape[0], -1, columns).transpose(1, 2)
+        x = F.conv1d(x, self._kernel(columns, rows), stride=self.hop_samples // columns, groups=columns)
+        x = x.reshape(x.shape[0], columns, remainders, -1).transpose(1, 2)  # real and imaginary frames side by side
+        x = self._mixing(columns, rows) @ x.reshape(x.shape[0], remainders, 2 * columns, -1)
+        powers = x[:, :, :columns].square() + x[:, :, columns:].square()
+        bins = torch.arange(self.n_bins)
+        bins = torch.where(bins % rows < remainders, bins, self.n_fft - bins)
+        return powers.flatten(1, 2)[:, bins % rows * columns + bins // rows].transpose(1, 2)
 
-    def _frames(self, waveform: Tensor) -> Tensor:
-        """(B, T) -> (B, frames, window), from steps of one hop: their overlaps lie side by side."""
-        hop, window = self.hop_samples, self.window_samples
-        n_steps, missing = -(-window // hop), -window % hop
-        steps = F.pad(waveform, (0, missing)) if missing else waveform
-        steps = steps[:, : steps.shape[1] // hop * hop].reshape(waveform.shape[0], -1, hop)
-        n_frames = (waveform.shape[1] - window) // hop + 1
-        parts = [steps[:, i : n_frames + i, : min(hop, window - i * hop)] for i in range(n_steps)]
-        return torch.cat(parts, -1)
+    def _kernel(self, columns: int, rows: int) -> Tensor:
+        """(columns x remainders x 2, 1, taps): for every column the window times cosines and, negative, sines."""
+        i, r = torch.arange(float(self.window_samples // columns))[:, None], torch.arange(rows // 2 + 1.0)[None]
+        waves = torch.stack([Waves.apply(i, r, rows, "Cos"), -Waves.apply(i, r, rows, "Sin")], -1)  # (taps, r, 2)
+        window = self.window.reshape(-1, columns).t()  # (columns, taps)
+        return (window[:, None] * waves.flatten(1).t()).reshape(-1, 1, len(i))
+
+    def _mixing(self, columns: int, rows: int) -> Tensor:
+        """(remainders, 2 columns, 2 columns): real, then imaginary parts of the bins, from both parts of columns."""
+        j, s = torch.arange(float(columns))[:, None], torch.arange(float(columns))
+        bins = (torch.arange(rows // 2 + 1.0)[:, None] + rows * s).reshape(1, -1)
+        cos, sin = (
+            Waves.apply(j, bins, self.n_fft, function).reshape(columns, -1, columns).permute(1, 2, 0)
+            for function in ("Cos", "Sin")
+        )
+        parts = [torch.stack(both, -1).flatten(-2) for both in ((cos, sin), (-sin, cos))]
+        return torch.cat(parts, 1)
 
 
 class MeanOfWhatIsThere(torch.autograd.Function):
@@ -160,7 +170,7 @@ class PaddedPooling(nn.AvgPool2d):
 IN_A_GRAPH = {
     Encoder: PiecewiseEncoder,
     NodePooling: PoolingOfAnyLength,
-    PowerSpectrum: PowerByFolding,
+    PowerSpectrum: PowerInTwoSteps,
     nn.AvgPool2d: PaddedPooling,
 }
 
@@ -323,8 +333,8 @@ def cached_scorer(model: nn.Module, folder: str | os.PathLike) -> OnnxScorer:
 
     Args:
         model: a countermeasure, as `load_model` gives it.
-        folder: where exported models are kept; the file's name is the SHA-256 of weights, configuration and the
-            package's version.
+        folder: where exported models are kept; the file's name is the SHA-256 of weights, configuration, the
+            package's version, and the code that writes them.
 
     Raises:
         ConfigError: onnx or ONNX Runtime is not installed, or the model cannot be exported.
@@ -341,12 +351,15 @@ def cached_scorer(model: nn.Module, folder: str | os.PathLike) -> OnnxScorer:
 def _fingerprint(model: nn.Module) -> str:
     """Of all that decides what a model computes, and how it is written."""
     facts = {
-        "version": deepfake_utils.__version__,
+        "version": __version__,
         "torch": torch.__version__,
         "opset": OPSET,
         "class": str(type(model)),
     }
     digest = hashlib.sha256(json.dumps(facts | {"config": dataclasses.asdict(model.config)}, sort_keys=True).encode())
+    for part in CODE:
+        for file in [part] if part.is_file() else sorted(part.iterdir(), key=lambda file: file.name):
+            digest.update(file.read_bytes() if file.name.endswith(".py") else b"")
     for name, value in model.state_dict().items():
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

@@ -30,7 +30,7 @@ class SpeechFinder:
     """Flags frames of speech in a recording that arrives in chunks of any size."""
 
     def __init__(self):
-        self._session = _load_silero()
+        self._network = _load_silero()
         self._memory = np.zeros((2, 1, 1, 128), np.float32)  # hidden and cell state
         self._context = np.zeros(_CONTEXT_SAMPLES, np.float32)
         self._rest = np.zeros(0, np.float32)  # samples of the frame that is not yet whole
@@ -51,19 +51,15 @@ class SpeechFinder:
 
     def _flags(self, frames: np.ndarray) -> np.ndarray:
         power = np.square(frames, dtype=np.float64).mean(axis=1)
-        if self._session is None:
+        if self._network is None:
             return power > 10 ** (_LOUD_DB / 10)
         before = np.concatenate([self._context[None], frames[:-1, -_CONTEXT_SAMPLES:]])
         self._context = frames[-1, -_CONTEXT_SAMPLES:].copy()
         flags = power > 10 ** (_AUDIBLE_DB / 10)
         if flags.any():
-            inputs = {
-                "input": np.concatenate([before, frames], axis=1)[flags],
-                "h": self._memory[0],
-                "c": self._memory[1],
-            }
-            probability, *self._memory = self._session.run(["speech_probs", "hn", "cn"], inputs)
-            flags[flags] = probability.reshape(-1) >= SPEECH_PROBABILITY
+            asked = np.concatenate([before, frames], axis=1)[flags]
+            probability, self._memory = self._network(asked, self._memory)
+            flags[flags] = probability >= SPEECH_PROBABILITY
         return flags
 
 
@@ -74,6 +70,6 @@ def is_by_loudness() -> bool:
 
 @lru_cache(maxsize=1)
 def _load_silero():
-    """An ONNX Runtime session of Silero VAD, or None where there is none."""
+    """Silero VAD, as `open_silero` gives it, or None where there is none."""
     network = silero_file()
     return None if network is None or find_spec("onnxruntime") is None else open_silero(network)

@@ -6,12 +6,11 @@
                                   |------ 64,600 ------|      and one that ends with the recording
 
 A window is judged where it holds at least a second of speech; the others cost nothing but the search for speech.
-Memory does not grow with the recording: the last window's samples are kept, and a flag for each 32 ms of them.
+Memory does not grow with the recording: the last window's samples are kept, and where in them speech was.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -24,6 +23,7 @@ from deepfake_utils.waveforms.decode import fit_length
 HOP_SAMPLES = CROP_SAMPLES // 2
 MIN_SPEECH_S = 1.0  # of speech in a window, to judge it
 MIN_TAIL_S = 0.25  # a shorter rest after the last whole window gets none of its own
+BLOCK_SAMPLES = 2**18  # searched for speech at a time: 16 s, a few MB
 
 
 class Window(NamedTuple):
@@ -46,18 +46,18 @@ class WindowCutter:
 
     def __init__(self):
         self._finder = SpeechFinder()
-        self._kept = np.zeros(0, np.float32)  # the last samples, at most a window and a hop
-        self._speech_ends: deque[int] = deque()  # of each frame of speech in them, the sample after its last
+        self._kept = np.zeros(0, np.float32)  # the last samples, at most a window and a block
+        self._speech_ends = np.zeros(0, np.int64)  # of each frame of speech in them, the sample after its last
         self._n_frames, self._next_start, self._judged_until = 0, 0, 0
         self.n_samples, self.speech_s, self.judged_s = 0, 0.0, 0.0
 
     def push(self, samples: np.ndarray) -> Iterator[Window]:
         """16 kHz float32 samples (n,) -> the windows they complete."""
-        for start in range(0, len(samples), HOP_SAMPLES):
-            chunk = samples[start : start + HOP_SAMPLES]
-            self._kept = np.concatenate([self._kept[-CROP_SAMPLES:], chunk])
-            self.n_samples += len(chunk)
-            self._count(self._finder.push(chunk))
+        for start in range(0, len(samples), BLOCK_SAMPLES):
+            block = samples[start : start + BLOCK_SAMPLES]
+            self._kept = np.concatenate([self._kept[-CROP_SAMPLES:], block])
+            self.n_samples += len(block)
+            self._count(self._finder.push(block))
             while self._next_start + CROP_SAMPLES <= self.n_samples:
                 yield from self._window(self._next_start, self._next_start + CROP_SAMPLES)
                 self._next_start += HOP_SAMPLES
@@ -72,13 +72,12 @@ class WindowCutter:
     def _count(self, flags: np.ndarray) -> None:
         ends = np.minimum((self._n_frames + 1 + np.flatnonzero(flags)) * FRAME_SAMPLES, self.n_samples)
         self._n_frames += len(flags)
-        self._speech_ends.extend(ends.tolist())
         self.speech_s += len(ends) * FRAME_SAMPLES / SAMPLE_RATE_HZ
-        while self._speech_ends and self._speech_ends[0] <= self.n_samples - CROP_SAMPLES - HOP_SAMPLES:
-            self._speech_ends.popleft()
+        kept_from = self.n_samples - len(self._kept)
+        self._speech_ends = np.concatenate([self._speech_ends[self._speech_ends > kept_from], ends])
 
     def _window(self, start: int, stop: int) -> Iterator[Window]:
-        n_frames = sum(start < end <= stop for end in self._speech_ends)
+        n_frames = np.count_nonzero((self._speech_ends > start) & (self._speech_ends <= stop))
         speech_s = n_frames * FRAME_SAMPLES / SAMPLE_RATE_HZ
         if speech_s < MIN_SPEECH_S:
             return
