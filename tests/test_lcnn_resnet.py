@@ -12,7 +12,7 @@ from deepfake_utils.models.lcnn import LSTMSum, MaxFeatureMap
 from deepfake_utils.models.resnet import PreActivationBlock
 
 FAMILIES = ("lfcc-lcnn", "lfcc-lcnn-lstm", "lfcc-resnet18")
-FRONT_ENDS = ("lfcc-high-resolution", "log-spectrogram")
+FRONT_ENDS = ("lfcc-high-resolution", "lfcc-levelled", "log-spectrogram")
 
 
 def noise(*shape, seed=1):

@@ -1,5 +1,6 @@
 """LFCC and log spectrogram against their definition, written out here in double-precision NumPy."""
 
+import copy
 import dataclasses
 
 import numpy as np
@@ -13,6 +14,7 @@ from deepfake_utils.conventions import AudioError, ConfigError
 from deepfake_utils.models.lfcc import (
     FRONT_ENDS,
     LFCC_HIGH_RESOLUTION,
+    LFCC_LEVELLED,
     Lfcc,
     LfccConfig,
     LogSpectrogram,
@@ -21,14 +23,15 @@ from deepfake_utils.models.lfcc import (
 from deepfake_utils.scoring.onnx import PowerInTwoSteps
 
 CONFIGS = {"standard": LfccConfig(), "high-resolution": LFCC_HIGH_RESOLUTION}
+HAMMING, HANN = (0.54, 0.46), (0.5, 0.5)
 
 
-def power_by_definition(waveform, config):
+def power_by_definition(waveform, config, shape=HAMMING):
     """(frames, bins): every sum of the discrete Fourier transform written as a matrix product."""
     x = np.asarray(waveform, dtype=np.float64)
     x = np.concatenate([x[:1], x[1:] - config.pre_emphasis * x[:-1]])
     n = np.arange(config.window_samples)
-    window = 0.54 - 0.46 * np.cos(2 * np.pi * n / config.window_samples)
+    window = shape[0] - shape[1] * np.cos(2 * np.pi * n / config.window_samples)
     k = np.arange(config.n_fft // 2 + 1)
     transform = np.exp(-2j * np.pi * np.outer(n, k) / config.n_fft)
     starts = range(0, len(x) - config.window_samples + 1, config.hop_samples)
@@ -41,13 +44,15 @@ def triangle(frequency, left, peak, right):
     return np.clip(np.minimum(rising, falling), 0.0, None)
 
 
-def lfcc_by_definition(waveform, config):
-    power = power_by_definition(waveform, config)
+def lfcc_by_definition(waveform, config, shape=HAMMING, band_hz=(0.0, 8000.0), levelled=False):
+    power = power_by_definition(waveform, config, shape)
     frequency = np.linspace(0.0, 8000.0, config.n_fft // 2 + 1)
-    edge = np.linspace(0.0, 8000.0, config.n_filters + 2)
-    filters = np.stack([triangle(frequency, *edge[i : i + 3]) for i in range(config.n_filters)])
-    log_energy = np.log10(power @ filters.T + np.finfo(np.float32).eps)
+    edge = np.linspace(*band_hz, config.n_filters + 2)
+    energy = power @ np.stack([triangle(frequency, *edge[i : i + 3]) for i in range(config.n_filters)]).T
+    log_energy = np.log10(energy / energy.mean() + 1e-7 if levelled else energy + np.finfo(np.float32).eps)
     static = dct(log_energy, type=2, norm="ortho", axis=1)[:, : config.n_coefficients]
+    if levelled:
+        static -= static.mean(0)
 
     def slope(c):  # the frame after minus the frame before, the ends repeated
         last = len(c) - 1
@@ -70,6 +75,28 @@ def test_lfcc_equals_the_definition(config, n_samples):
     waveform = speech_like(n_samples)
     ours = Lfcc(config)(torch.from_numpy(waveform)[None])[0].numpy()
     np.testing.assert_allclose(ours, lfcc_by_definition(waveform, config), atol=2e-4)
+
+
+@pytest.mark.parametrize("n_samples", [512 + 15 * 256, 64_600])
+def test_levelled_lfcc_equals_the_definition(n_samples):
+    waveform = speech_like(n_samples)
+    ours = build_front_end("lfcc-levelled")(torch.from_numpy(waveform)[None])[0].numpy()
+    expected = lfcc_by_definition(waveform, LFCC_LEVELLED, HANN, band_hz=(62.5, 7562.5), levelled=True)
+    np.testing.assert_allclose(ours, expected, atol=5e-4)
+
+
+def test_levelled_lfcc_hears_neither_level_nor_tilt_nor_what_lies_above_its_band():
+    front_end = build_front_end("lfcc-levelled")
+    noise = np.random.default_rng(2).standard_normal(32_000)
+    waveform = torch.from_numpy(0.05 * noise * (1.1 + np.sin(np.arange(32_000) / 900)))[None].float()
+    heard = front_end(waveform)
+    torch.testing.assert_close(front_end(0.01 * waveform), heard, atol=1e-3, rtol=1e-3)
+    tilted = waveform - 0.9 * torch.nn.functional.pad(waveform[:, :-1], (1, 0))  # 25 dB between the band's ends
+    above = waveform + 0.5 * torch.cos(2 * torch.pi * 7900 / 16_000 * torch.arange(32_000))
+    for changed, most in ((tilted, 0.1), (above, 0.01)):
+        assert (front_end(changed) - heard).square().mean() < most * heard.square().mean()
+        ordinary = Lfcc()
+        assert (ordinary(changed) - ordinary(waveform)).square().mean() > 0.1 * ordinary(waveform).square().mean()
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
@@ -149,7 +176,9 @@ def test_gradient_of_lfcc_is_that_of_the_definition():
 def test_the_path_that_onnx_exporters_see_gives_the_same_powers(name):
     power = build_front_end(name).power
     waveform = torch.from_numpy(speech_like(5000))[None]
-    ordinary, exported = power(waveform), PowerInTwoSteps(build_front_end(name).config)(waveform)
+    by_products = copy.deepcopy(power)
+    by_products.__class__ = PowerInTwoSteps
+    ordinary, exported = power(waveform), by_products(waveform)
     assert exported.shape == ordinary.shape
     peak = ordinary.amax(-1, keepdim=True)
     assert ((exported - ordinary).abs() <= 4e-6 * peak).all()  # a few roundings of the largest bin

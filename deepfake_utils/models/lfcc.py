@@ -18,6 +18,11 @@ processed files), and coefficient 0 is kept (one LCNN recipe replaces it by the 
 periodic Hamming one, torch's default, where MATLAB has the symmetric one. `torchaudio.transforms.LFCC` is
 something else: its decibel floor depends on the loudest frame of the clip, and it has no pre-emphasis and no
 deltas.
+
+`lfcc-levelled` is for recordings of many origins: 32 ms Hann windows every 16 ms, the band that recordings of 16 and of
+24 kHz both have, power relative to the clip's mean, and every coefficient minus its own mean over the clip, so that
+level, tilt and bandwidth, which say how speech was recorded and not who made it, are gone (cepstral mean subtraction,
+B. S. Atal, J. Acoust. Soc. Am. 55, 1974).
 """
 
 from __future__ import annotations
@@ -33,6 +38,8 @@ from deepfake_utils.conventions import SAMPLE_RATE_HZ, AudioError, ConfigError
 from deepfake_utils.models.layers import at_least_single
 
 LOG_FLOOR = torch.finfo(torch.float32).eps
+LOWEST_HZ, HIGHEST_HZ = 62.5, 7562.5  # between these, which recordings of 16 and of 24 kHz both have
+RELATIVE_FLOOR = 1e-7  # of a power over the utterance's mean
 
 
 @dataclass(frozen=True)
@@ -45,11 +52,16 @@ class LfccConfig:
     n_filters: int = 20  # triangles over 0 .. 8 kHz
     n_coefficients: int = 20  # kept of the DCT; the features are three times as many
     pre_emphasis: float = 0.97  # 0 is none
+    band_hz: tuple[float, float] = (0.0, SAMPLE_RATE_HZ / 2)  # of the filters
+    levelled: bool = False  # power relative to the clip's mean, coefficients minus their mean over time
 
 
 # ASVspoof 2021's baseline: finer in frequency, coarser in time, no pre-emphasis, 70 filters.
 # (It keeps 19 coefficients and, for the telephone track, 0 .. 4 kHz; here 20 over the whole band.)
 LFCC_HIGH_RESOLUTION = LfccConfig(480, 240, 1024, n_filters=70, pre_emphasis=0.0)
+
+
+LFCC_LEVELLED = LfccConfig(512, 256, pre_emphasis=0.0, band_hz=(LOWEST_HZ, HIGHEST_HZ), levelled=True)
 
 
 class PowerSpectrum(nn.Module):
@@ -110,12 +122,17 @@ class Lfcc(nn.Module):
 
     Args:
         config: settings; default ASVspoof 2019's 60 features.
+        window: gives the analysis window; default the periodic Hamming one.
 
     >>> Lfcc()(torch.zeros(2, 64_600)).shape
     torch.Size([2, 60, 402])
     """
 
-    def __init__(self, config: LfccConfig = LfccConfig()):  # noqa: B008 - frozen
+    def __init__(
+        self,
+        config: LfccConfig = LfccConfig(),  # noqa: B008 - frozen
+        window: Callable[[int], Tensor] = torch.hamming_window,
+    ):
         super().__init__()
         if not 1 <= config.n_coefficients <= config.n_filters:
             raise ConfigError(
@@ -125,9 +142,9 @@ class Lfcc(nn.Module):
         from torchaudio.functional import create_dct, linear_fbanks  # not on import: it may not load
 
         self.config = config
-        self.power = PowerSpectrum(config)
+        self.power = PowerSpectrum(config, window)
         self.n_features = 3 * config.n_coefficients
-        filters = linear_fbanks(self.power.n_bins, 0.0, SAMPLE_RATE_HZ / 2, config.n_filters, SAMPLE_RATE_HZ)
+        filters = linear_fbanks(self.power.n_bins, *config.band_hz, config.n_filters, SAMPLE_RATE_HZ)
         self.register_buffer("filters", filters, persistent=False)  # (bins, filters)
         dct = create_dct(config.n_coefficients, config.n_filters, norm="ortho")
         self.register_buffer("dct", dct, persistent=False)  # (filters, coefficients)
@@ -135,7 +152,12 @@ class Lfcc(nn.Module):
     def forward(self, waveform: Tensor) -> Tensor:
         """(B, T) waveforms to (B, 3 * n_coefficients, frames): static, delta, delta-delta; float32."""
         with torch.autocast(waveform.device.type, enabled=False):
-            static = torch.log10(self.power(waveform) @ self.filters + LOG_FLOOR) @ self.dct
+            power = self.power(waveform) @ self.filters
+            if self.config.levelled:
+                power = power / (power.mean((1, 2), keepdim=True) + 1e-9)
+            static = torch.log10(power + (RELATIVE_FLOOR if self.config.levelled else LOG_FLOOR)) @ self.dct
+            if self.config.levelled:
+                static = static - static.mean(1, keepdim=True)
             static = static.transpose(1, 2)
             delta = _delta(static)
             return torch.cat([static, delta, _delta(delta)], dim=1)
@@ -172,6 +194,7 @@ def _delta(features: Tensor) -> Tensor:
 FRONT_ENDS = {
     "lfcc": lambda: Lfcc(),
     "lfcc-high-resolution": lambda: Lfcc(LFCC_HIGH_RESOLUTION),
+    "lfcc-levelled": lambda: Lfcc(LFCC_LEVELLED, torch.hann_window),
     "log-spectrogram": lambda: LogSpectrogram(),
 }
 

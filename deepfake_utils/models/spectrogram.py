@@ -27,10 +27,8 @@ from torch import Tensor, nn
 
 from deepfake_utils.conventions import SAMPLE_RATE_HZ
 from deepfake_utils.models.layers import CMOutput, check_waveform
-from deepfake_utils.models.lfcc import LfccConfig, PowerSpectrum
+from deepfake_utils.models.lfcc import HIGHEST_HZ, LOWEST_HZ, RELATIVE_FLOOR, LfccConfig, PowerSpectrum
 
-LOWEST_HZ, HIGHEST_HZ = 62.5, 7562.5  # between these, which recordings of 16 and of 24 kHz both have; 240 of 257 bins
-FLOOR = 1e-7  # of a bin's power over the utterance's mean
 SCALE = 0.4  # brings the log power, natural, to a standard deviation of about 1
 
 
@@ -106,7 +104,7 @@ class SpectrogramResNet(nn.Module):
         """Log power without level and long-term spectrum: (B, T) -> (B, bins, frames)."""
         power = self.power(waveform)[:, :, self.bins].transpose(1, 2)
         power = power / (power.mean((1, 2), keepdim=True) + 1e-9)
-        log_power = (power + FLOOR).log()
+        log_power = (power + RELATIVE_FLOOR).log()
         return SCALE * (log_power - log_power.mean(2, keepdim=True))
 
     def forward(self, waveform: Tensor) -> CMOutput:
