@@ -24,6 +24,7 @@ PARAMETERS = {
     "lfcc-lcnn-lstm": 275_970,
     "lfcc-resnet18": 12_450_290,
     "spectrogram-resnet": 244_658,
+    "score-fusion": 244_658 + 170_082,  # the two above
 }
 
 # Parameters that no gradient reaches, by how their names end, and why they are kept.

@@ -11,6 +11,7 @@ from deepfake_utils.conventions import ConfigError
 from deepfake_utils.models import aasist, rawnet2
 from deepfake_utils.models.aasist import AASIST, AASISTConfig
 from deepfake_utils.models.aasist_transformer import AASISTTransformer, AASISTTransformerConfig
+from deepfake_utils.models.fusion import FusionConfig, ScoreFusion
 from deepfake_utils.models.lcnn import LCNN, LCNNConfig
 from deepfake_utils.models.rawnet2 import RawNet2, RawNet2Config
 from deepfake_utils.models.resnet import ResNet18, ResNetConfig
@@ -37,6 +38,7 @@ MODELS: dict[str, tuple[type[nn.Module], object]] = {
     "lfcc-lcnn-lstm": (LCNN, LCNNConfig(pooling="lstm-sum")),
     "lfcc-resnet18": (ResNet18, ResNetConfig()),
     "spectrogram-resnet": (SpectrogramResNet, SpectrogramConfig()),
+    "score-fusion": (ScoreFusion, FusionConfig()),
 }
 
 
