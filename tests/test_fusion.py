@@ -32,6 +32,7 @@ def test_members_and_their_settings_survive_saving(fused, tmp_path):
     path = save_weights(tmp_path / "fused.safetensors", fused, name="score-fusion")
     assert json.loads(path.with_suffix(".json").read_text())["model_options"]["members"][1][1] == {"channels": [8, 16]}
     again, waveform = load_model(weights=path), 0.1 * torch.ones(2, 20_000)
+    assert again.config == fused.config  # or training would not go on with them
     with torch.no_grad():
         assert torch.equal(again(waveform).logits, fused(waveform).logits)
 

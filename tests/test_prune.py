@@ -89,7 +89,8 @@ def test_a_run_may_start_from_a_wider_network_and_is_resumed_without_starting_ag
     train, dev = write_corpus(tmp_path, n_train=16)
     wide = tmp_path / "wide.safetensors"
     save_weights(wide, model, name="spectrogram-resnet")
-    config = tiny_config(model="spectrogram-resnet", model_options=NARROW, start=str(wide), learning_rate=0.0,
+    options = json.loads(json.dumps(NARROW))  # lists, as the command line gives them
+    config = tiny_config(model="spectrogram-resnet", model_options=options, start=str(wide), learning_rate=0.0,
                          learning_rate_min=0.0, epochs=2)  # fmt: skip
     said = []
 

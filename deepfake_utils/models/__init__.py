@@ -72,10 +72,17 @@ def build_model(name: str, *, generator: torch.Generator | None = None, **overri
     unknown = sorted(set(overrides) - set(known))
     if unknown:
         raise ConfigError(f"{name} has no setting {', '.join(unknown)}: its settings are {', '.join(known)}")
-    config = dataclasses.replace(config, **overrides)
+    config = dataclasses.replace(config, **_with_tuples(overrides))
     if generator is None:
         return model_class(config)
     seed = int(torch.randint(2**62, (), generator=generator))
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which would also reseed every GPU
         return model_class(config)
+
+
+def _with_tuples(settings):
+    """JSON knows lists only; configurations hold tuples."""
+    if isinstance(settings, dict):
+        return {key: _with_tuples(value) for key, value in settings.items()}
+    return tuple(map(_with_tuples, settings)) if isinstance(settings, list | tuple) else settings

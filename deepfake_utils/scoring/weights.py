@@ -142,7 +142,7 @@ def load_model(name: str | None = None, weights: str | os.PathLike | None = None
     state = _read_tensors(path)
     name = companion.get("model", name) or _recognise(path, state)
     unused = torch.Generator()  # what it draws is overwritten; the global generator is left alone
-    model = build_model(name, generator=unused, **(_with_tuples(companion.get("model_options", {})) | config))
+    model = build_model(name, generator=unused, **(companion.get("model_options", {}) | config))
     if companion.get("loss", "cross_entropy") != "cross_entropy":
         model = scoring_model(model, build_loss(companion["loss"], embedding_dim(model), generator=unused))
     own = model.state_dict()
@@ -198,11 +198,6 @@ def read_companion(path: Path) -> dict:
 
 def _checksum(model: nn.Module) -> float:
     return float(sum(parameter.detach().double().abs().sum() for parameter in model.parameters()))
-
-
-def _with_tuples(options: dict) -> dict:
-    """JSON knows lists only; configurations hold tuples."""
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

@@ -152,8 +152,7 @@ def _named_start(config: TrainingConfig, say: Callable[[str], None]) -> nn.Modul
 
 def _refuse_another_architecture(model: nn.Module, config: TrainingConfig) -> None:
     """What is kept is rebuilt from the name and the options in `config`: they must be this model's."""
-    options = {name: tuple(value) if isinstance(value, list) else value for name, value in config.model_options.items()}
-    expected = build_model(config.model, generator=torch.Generator(), **options)
+    expected = build_model(config.model, generator=torch.Generator(), **config.model_options)
     given = getattr(model, "config", "no configuration")  # a name, or somebody's own module
     if type(model) is not type(expected) or given != expected.config:
         names = [n for n, (kind, own) in MODELS.items() if type(model) is kind and given == own]
