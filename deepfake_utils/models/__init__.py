@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -17,8 +18,13 @@ from deepfake_utils.models.rawnet2 import RawNet2, RawNet2Config
 from deepfake_utils.models.resnet import ResNet18, ResNetConfig
 from deepfake_utils.models.spectrogram import SpectrogramConfig, SpectrogramResNet
 
-# name -> (class, its configuration). A variant is another configuration, not another class.
-MODELS: dict[str, tuple[type[nn.Module], object]] = {
+
+def _fused(config: FusionConfig) -> ScoreFusion:
+    return ScoreFusion(config, [build_model(name, **settings) for name, settings in config.members])
+
+
+# name -> (what builds it, its configuration). A variant is another configuration, not another class.
+MODELS: dict[str, tuple[Callable[[object], nn.Module], object]] = {
     "aasist": (AASIST, AASISTConfig()),
     "aasist-l": (
         AASIST,
@@ -38,7 +44,7 @@ MODELS: dict[str, tuple[type[nn.Module], object]] = {
     "lfcc-lcnn-lstm": (LCNN, LCNNConfig(pooling="lstm-sum")),
     "lfcc-resnet18": (ResNet18, ResNetConfig()),
     "spectrogram-resnet": (SpectrogramResNet, SpectrogramConfig()),
-    "score-fusion": (ScoreFusion, FusionConfig()),
+    "score-fusion": (_fused, FusionConfig()),
 }
 
 
@@ -67,18 +73,18 @@ def build_model(name: str, *, generator: torch.Generator | None = None, **overri
     """
     if name not in MODELS:
         raise ConfigError(f"unknown model {name!r}: expected one of {', '.join(MODELS)}")
-    model_class, config = MODELS[name]
+    build, config = MODELS[name]
     known = [field.name for field in dataclasses.fields(config)]
     unknown = sorted(set(overrides) - set(known))
     if unknown:
         raise ConfigError(f"{name} has no setting {', '.join(unknown)}: its settings are {', '.join(known)}")
     config = dataclasses.replace(config, **_with_tuples(overrides))
     if generator is None:
-        return model_class(config)
+        return build(config)
     seed = int(torch.randint(2**62, (), generator=generator))
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which would also reseed every GPU
-        return model_class(config)
+        return build(config)
 
 
 def _with_tuples(settings):

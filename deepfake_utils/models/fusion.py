@@ -11,6 +11,7 @@ either; that it helps most where the front ends differ is a lesson of every ASVs
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -33,18 +34,20 @@ class FusionConfig:
 class ScoreFusion(nn.Module):
     """The mean of countermeasures; shapes are in the module's docstring.
 
+    Args:
+        config: says what they are.
+        members: the countermeasures themselves.
+
     Raises:
-        ConfigError: no member, or one that `build_model` refuses.
+        ConfigError: there are none.
     """
 
-    def __init__(self, config: FusionConfig):
+    def __init__(self, config: FusionConfig, members: Iterable[nn.Module]):
         super().__init__()
-        from deepfake_utils.models import build_model  # which knows this class, too
-
         if not config.members:
             raise ConfigError("score fusion has no members: expected pairs of a model's name and its settings")
         self.config = config
-        self.members = nn.ModuleList(build_model(name, **settings) for name, settings in config.members)
+        self.members = nn.ModuleList(members)
 
     @property
     def min_samples(self) -> int:
