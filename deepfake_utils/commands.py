@@ -367,6 +367,8 @@ def monitor(options: argparse.Namespace) -> int:
     print(headless.monitor(database, options.models, options.out, notebooks, **settings))
     found = json.loads((options.out / "monitor" / "result.json").read_text(encoding="utf-8"))
     print(found["problem"] or f"drift: {', '.join(found['drifted']) or 'none seen'}")
+    if found["embeddings_not_tested"]:
+        print(f"embeddings were not tested: {found['embeddings_not_tested']}")
     return DONE
 
 

@@ -91,6 +91,10 @@ else:
 # recordings sound. **Distance** is the largest gap, from 0 (alike) to 1. **p** is for the whole report: all tests
 # together raise a false alarm with the probability chosen in the parameters, if recordings have nothing to do with each
 # other. Those of one client do; where there are many clients, one recording of each is taken.
+#
+# **Embedding 1**, 2 and so on are what the network's last layer sees of a recording, along the directions in which the
+# reference varies most, without those in which the languages it names differ. They move with another microphone, codec
+# or synthesiser, but **also with a language that the reference does not name**.
 
 # %%
 from deepfake_utils.conventions import DeepfakeUtilsError
@@ -98,10 +102,11 @@ from deepfake_utils.report.tables import drift_table
 
 axes = {"score": "log-odds of real speech", "level_db": "level (dB re full scale)",
         "bandwidth_hz": "bandwidth (Hz)", "seconds": "duration (s)"}
-report, problem = None, ""
+report, problem, unheard = None, "", ""
 try:
     reference = drift.read_reference(weights)
     chosen, sampled = drift.sample(of_version)
+    chosen, unheard = drift.with_embeddings(chosen, records.embeddings(chosen["id"]), reference)
     report = drift.find_drift(reference, chosen, false_alarms)
 except DeepfakeUtilsError as error:
     problem = str(error)
@@ -111,6 +116,13 @@ else:
     print(f"Tested: {sampled}. Reference: {len(reference):,} recordings, {reference.attrs['made_from']}.")
     tabulate(drift_table(report))
     show(plots.drift_panels(reference, chosen, axes), "drift")
+    embedded = {name: name.replace("_", " ") for name in chosen if name.startswith(drift.PREFIX)}
+    if embedded:
+        languages = ", ".join(reference.attrs["embedding"]["languages"]) or "none: another language may raise an alarm"
+        print(f"Languages projected out of the embeddings: {languages}.")
+        show(plots.drift_panels(reference, chosen, embedded), "drift_embeddings")
+    else:
+        print(f"Embeddings were not tested: {unheard}.")
 
 # %%
 from IPython.display import Markdown, display
@@ -166,6 +178,7 @@ import json
 from deepfake_utils.files import atomic_write
 
 found = {"notebook": "monitor", "version": version, "n_verdicts": len(verdicts), "problem": problem, "drifted": drifted,
+         "embeddings_not_tested": unheard,
          "tests": [] if report is None else json.loads(report.to_json(orient="records"))}
 with atomic_write(results.folder / "result.json") as part:
     part.write_text(json.dumps(found, indent=2), encoding="utf-8")

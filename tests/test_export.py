@@ -194,6 +194,17 @@ def test_a_short_waveform_is_refused(exported):
         OnnxScorer(path)(torch.zeros(1, model.min_samples - 1))
 
 
+def test_a_file_without_embeddings_scores_and_has_none(exported):
+    _, path = exported
+    graph = onnx.load(path)
+    graph.graph.output.remove(next(output for output in graph.graph.output if output.name == "embedding"))
+    onnx.save(graph, path.with_name("bare.onnx"))
+    waveform = 0.1 * torch.randn(3, 16_000, generator=torch.Generator().manual_seed(0))
+    bare, whole = OnnxScorer(path.with_name("bare.onnx"))(waveform), OnnxScorer(path)(waveform)
+    assert bare.embedding.shape == (3, 0) and whole.embedding.shape[1] > 0
+    torch.testing.assert_close(bare.logits, whole.logits)
+
+
 def test_other_files_are_refused(tmp_path, exported):
     with pytest.raises(CheckpointError, match="no such ONNX file"):
         OnnxScorer(tmp_path / "absent.onnx")

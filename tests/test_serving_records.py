@@ -9,6 +9,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from threading import Barrier
 
+import numpy as np
 import pytest
 
 pytest.importorskip("sqlalchemy")
@@ -57,6 +58,29 @@ def test_verdicts_and_feedback_come_back_as_they_were_given(records):
     assert (row.verdict_id, row.truth, bool(row.confirmed)) == (id, "bonafide", False)
     assert records.confirm_feedback(said, "nobody") == 1
     assert bool(records.feedback().set_index("id").loc[said, "confirmed"])
+
+
+def test_embeddings_come_back_in_single_precision_and_with_their_ids(records):
+    told, silent = np.array([0.1, -2.0, 3e-9]), records.add_verdict(**VERDICT)
+    id = records.add_verdict(**VERDICT, embedding=told)
+    found = records.embeddings([silent, id, "nobody"])
+    assert found.index.tolist() == [id] and records.embeddings([]).empty
+    np.testing.assert_array_equal(found[id], told.astype(np.float32))
+    assert "embedding" not in records.verdicts()
+
+
+def test_records_of_an_older_version_are_gone_on_with(records):
+    """What it wrote stays; columns that it did not know are added, by several processes at once as well."""
+    id, url = records.add_verdict(**VERDICT), records._engine.url.render_as_string(hide_password=False)
+    with records._engine.begin() as connection:
+        connection.exec_driver_sql("ALTER TABLE verdicts DROP COLUMN embedding")
+    with ThreadPoolExecutor(4) as pool:
+        newer = list(pool.map(lambda _: Records(url), range(4)))
+    later = newer[0].add_verdict(**VERDICT, embedding=[1.0, 2.0])
+    assert newer[1].embeddings([id, later]).index.tolist() == [later]
+    assert {id, later} <= set(newer[2].verdicts()["id"])
+    for one in newer:
+        one.close()
 
 
 def test_feedback_needs_a_verdict_and_a_truth(records):

@@ -312,9 +312,11 @@ def drift_table(report: pd.DataFrame) -> pd.DataFrame:
     Args:
         report: what `serving.drift.find_drift` returned; shares become percent.
     """
-    units = {"score": ("score (log-odds)", 1), "level": ("level (dB re full scale)", 1),
-             "bandwidth": ("bandwidth (Hz)", 1), "duration": ("duration (s)", 1),
-             "no verdict": ("without a verdict (%)", 100)}  # fmt: skip
+    units = {what: (what, 1) for what in report["what"]} | {
+        "score": ("score (log-odds)", 1), "level": ("level (dB re full scale)", 1),
+        "bandwidth": ("bandwidth (Hz)", 1), "duration": ("duration (s)", 1),
+        "no verdict": ("without a verdict (%)", 100),
+    }  # fmt: skip
     rows = [
         {
             "median or share": units[row["what"]][0],

@@ -298,6 +298,8 @@ class OnnxScorer:
     def __call__(self, waveform: Tensor) -> CMOutput:
         """(B, T) float waveforms at 16 kHz -> logits (B, 2) and embedding (B, D), as the model's forward.
 
+        A file whose only output is `logits` has embeddings of no numbers, (B, 0).
+
         Waveforms are computed one by one, as many at once as PyTorch has threads here: a batch in one call takes a
         fifth more processor time and so many times the memory, all cores on each operation a quarter more (LFCC-LCNN).
 
@@ -309,7 +311,8 @@ class OnnxScorer:
         return CMOutput(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
     def _run(self, waveform: Tensor) -> tuple[Tensor, Tensor]:
-        logits, embedding = self._session.run(None, {INPUT_NAME: np.ascontiguousarray(waveform.numpy())})
+        logits, *more = self._session.run(None, {INPUT_NAME: np.ascontiguousarray(waveform.numpy())})
+        embedding = more[0] if more else np.zeros((1, 0), np.float32)
         return torch.from_numpy(logits), torch.from_numpy(embedding)
 
 

@@ -26,10 +26,12 @@ class Stream:
 
     Attributes:
         windows: those judged so far.
+        embedding: (D,), what the model's last layer sees of them on average; None without a window, or where a model
+            does not tell.
     """
 
     def __init__(self, detector, sample_rate_hz: int):
-        self.windows = []
+        self.windows, self.embedding = [], None
         self._detector, self._cutter = detector, detector.cutter()
         self._rate_hz = _checked_rate(sample_rate_hz)
         self._notes: list[str] = []
@@ -61,8 +63,14 @@ class Stream:
         for window in windows:
             output = forward(self._detector.model, torch.from_numpy(window.waveform)[None], self._detector.device)
             found.append(self._detector.judge(window, output.logits[0].double().numpy()))
-        self.windows += found
+            self.windows.append(found[-1])
+            self._average(output.embedding[0].double().numpy())
         return found
+
+    def _average(self, embedding: np.ndarray) -> None:
+        if embedding.size:
+            before = 0.0 if self.embedding is None else self.embedding
+            self.embedding = before + (embedding - before) / len(self.windows)
 
 
 class Timed(NamedTuple):

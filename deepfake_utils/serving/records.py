@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import sqlalchemy as sa
 
@@ -22,6 +24,21 @@ NAME_LENGTH = 200  # of a client; an address is what a proxy says it is
 BUSY_S = 30.0  # how long one writer waits for another in SQLite
 # Until the end of a transaction: the replicas of a fleet make the tables of a new database all at once.
 ALONE = {"sqlite": "BEGIN IMMEDIATE", "postgresql": "SELECT pg_advisory_xact_lock(14)"}
+
+
+class Vector(sa.TypeDecorator):
+    """Numbers (D,) in single precision, as bytes."""
+
+    impl, cache_ok = sa.LargeBinary, True
+
+    def process_bind_param(self, value, dialect):
+        """Array -> bytes."""
+        return None if value is None else np.asarray(value, "<f4").tobytes()
+
+    def process_result_value(self, value, dialect):
+        """Bytes -> array."""
+        return None if value is None else np.frombuffer(value, "<f4")
+
 
 _metadata = sa.MetaData()
 verdicts = sa.Table(
@@ -39,6 +56,7 @@ verdicts = sa.Table(
     sa.Column("level_db", sa.Double),  # mean power below full scale
     sa.Column("bandwidth_hz", sa.Double),
     sa.Column("kept_path", sa.Text),  # the recording itself, only with consent
+    sa.Column("embedding", Vector),  # what the model's last layer saw, on average; null in records of before 2026-12
 )  # fmt: skip
 feedback = sa.Table(
     "feedback", _metadata,
@@ -91,6 +109,7 @@ class Records:
                 if lock := ALONE.get(self._engine.dialect.name):
                     connection.exec_driver_sql(lock)
                 _metadata.create_all(connection)
+                _add_columns(connection)
         except ModuleNotFoundError as error:
             raise ConfigError(f"{error.name} is needed for this database: pip install {error.name}") from None
         except (sa.exc.SQLAlchemyError, OSError) as error:
@@ -156,19 +175,30 @@ class Records:
             return connection.execute(change).rowcount
 
     def verdicts(self, since: datetime | None = None) -> pd.DataFrame:
-        """All verdicts, or those from a time on, in order; columns of the table `verdicts`, `at` in UTC."""
-        return self._frame(verdicts, since)
+        """All verdicts, or those from a time on, in order; columns of the table `verdicts`, `at` in UTC.
+
+        Embeddings, which are large, are asked for with `embeddings`.
+        """
+        return self._frame(verdicts, since, without=("embedding",))
+
+    def embeddings(self, ids: Iterable[str]) -> pd.Series:
+        """The embeddings (D,) of verdicts, by their ids; those that have none are left out."""
+        query = sa.select(verdicts.c.id, verdicts.c.embedding)
+        query = query.where(verdicts.c.id.in_(list(ids)), verdicts.c.embedding.is_not(None))
+        with self._engine.connect() as connection:
+            return pd.Series(dict(connection.execute(query).all()), dtype=object)
 
     def feedback(self, since: datetime | None = None) -> pd.DataFrame:
         """All feedback, or that from a time on, in order; columns of the table `feedback`, `at` in UTC."""
         return self._frame(feedback, since)
 
-    def _frame(self, table: sa.Table, since: datetime | None) -> pd.DataFrame:
-        query = sa.select(table).order_by(table.c.at, table.c.id)
+    def _frame(self, table: sa.Table, since: datetime | None, without: tuple = ()) -> pd.DataFrame:
+        columns = [column for column in table.c if column.name not in without]
+        query = sa.select(*columns).order_by(table.c.at, table.c.id)
         if since is not None:
             query = query.where(table.c.at >= since.timestamp())
         with self._engine.connect() as connection:
-            frame = pd.DataFrame(connection.execute(query).all(), columns=list(table.c.keys()))
+            frame = pd.DataFrame(connection.execute(query).all(), columns=[column.name for column in columns])
         frame["at"] = pd.to_datetime(frame["at"].astype(float), unit="s", utc=True)
         return frame
 
@@ -257,6 +287,16 @@ def existing_database(url: str) -> str:
             "`serve`, such as sqlite:///runs/service/records.sqlite"
         )
     return address.set(database=str(path)).render_as_string(hide_password=False)
+
+
+def _add_columns(connection: sa.Connection) -> None:
+    """Give the tables of an older version the columns that they lack; all that were ever added may be null."""
+    known = sa.inspect(connection)
+    for table in _metadata.sorted_tables:
+        present = {column["name"] for column in known.get_columns(table.name)}
+        for column in (column for column in table.columns if column.name not in present):
+            written = sa.schema.CreateColumn(column).compile(dialect=connection.dialect)
+            connection.exec_driver_sql(f"ALTER TABLE {table.name} ADD COLUMN {written}")
 
 
 def _make_private(database: str) -> None:

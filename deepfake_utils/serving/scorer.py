@@ -50,6 +50,7 @@ class Heard(NamedTuple):
     calibration: str
     level_db: float | None
     bandwidth_hz: float | None
+    embedding: np.ndarray | None  # (D,), mean over the windows
 
     @property
     def columns(self) -> dict:
@@ -63,6 +64,7 @@ class Heard(NamedTuple):
             "speech_seconds": self.verdict.speech_s,
             "level_db": self.level_db,
             "bandwidth_hz": self.bandwidth_hz,
+            "embedding": self.embedding,
         }
 
 
@@ -98,7 +100,7 @@ class Listening:
         verdict = replace(verdict, warnings=(*notes, *verdict.warnings))
         level = decibels(self._power / n) if n else None
         band = bandwidth_hz(mean_spectrum(np.zeros(1))[0], self._spectrum) if n else None
-        return Heard(verdict, self._by.version, self._by.calibration, level, band)
+        return Heard(verdict, self._by.version, self._by.calibration, level, band, self._stream.embedding)
 
 
 def listen_to(file: BinaryIO, by: InService, max_s: float, given_up: threading.Event) -> Heard:
