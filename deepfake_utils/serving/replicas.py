@@ -36,11 +36,12 @@ from deepfake_utils.serving.app import create_app
 from deepfake_utils.serving.fleet import FleetError, connect
 from deepfake_utils.serving.service import Service, Settings
 
-NAME, JUDGE = "detector", "judge"
+NAME, JUDGE, OWNER = "detector", "judge", "detector-owner"
 FRONT_RECORDINGS = 8  # that one front looks at side by side, most of the time waiting for a judge
 WAIT_FOR_BATCH_S = 0.005
 MORE_AFTER_S, FEWER_AFTER_S = 10.0, 300.0  # of too much and of too little to do; replicas come sooner than they go
 MODELS_KEPT = 2  # by a judge: what is in service, and what was before
+GONE_S = 15.0  # within which a cluster notices that a process was killed
 RETRIES_S = (0.0, 0.2, 1.0, 3.0, 6.0, 12.0)  # waits before a window is asked for again, until a dead judge is replaced
 
 
@@ -171,10 +172,10 @@ def application(settings: Settings, n_cores: int) -> serve.Application:
 def serve_fleet(settings: Settings, host: str, port: int) -> None:
     """Run the service on the Ray cluster of RAY_ADDRESS, or on this machine, until it is told to end.
 
-    Where it runs already, what has changed is rolled out replica by replica.
+    Where an earlier one was killed and left its replicas behind, what has changed is rolled out, replica by replica.
 
     Raises:
-        FleetError: it does not start there, or Ray Serve runs there and listens on another port.
+        FleetError: it does not start there, it runs there already, or Ray Serve listens on another port.
     """
     connect()
     if not port:  # Ray would take one and not say which
@@ -184,6 +185,7 @@ def serve_fleet(settings: Settings, host: str, port: int) -> None:
     try:
         serve.start(http_options={"host": host, "port": port})
         _refuse_other_port(host, port)
+        owner = _claim()  # noqa: F841 - ours as long as it is held
         _run(application(settings, max(1, int(ray.cluster_resources().get("CPU", 1)))), f"http://{host}:{port}")
     except (RayError, RuntimeError) as error:
         raise FleetError(f"the service did not start on the cluster: {error}") from error
@@ -197,6 +199,46 @@ def _run(app: serve.Application, url: str) -> None:
             time.sleep(60)
     finally:
         serve.delete(NAME)
+
+
+class Owner:
+    """Lives as long as the process that runs the service, and says which one that is."""
+
+    def __init__(self, process: str):
+        self._process = process
+
+    def process(self) -> str:
+        """Machine and number."""
+        return self._process
+
+
+def _claim() -> ray.actor.ActorHandle:
+    """Be the one process that runs the service on this cluster; when it ends, the service ends.
+
+    Raises:
+        FleetError: another one does.
+    """
+    options = {"name": OWNER, "namespace": NAME, "num_cpus": 0}
+    end = time.monotonic() + GONE_S
+    while True:
+        try:
+            owner = ray.remote(Owner).options(**options).remote(f"{socket.gethostname()}, process {os.getpid()}")
+            ray.get(owner.process.remote())
+            return owner
+        except ValueError:  # the name is taken: by a process that lives, or by one whose end is not noticed yet
+            if time.monotonic() > end:
+                raise FleetError(
+                    f"the service runs on this cluster already, started by {_other()}: end that first, or name another "
+                    "cluster by RAY_ADDRESS"
+                ) from None
+        time.sleep(0.5)
+
+
+def _other() -> str:
+    try:
+        return ray.get(ray.get_actor(OWNER, NAME).process.remote(), timeout=GONE_S)
+    except (RayError, ValueError):
+        return "a process that does not answer"
 
 
 def _refuse_other_port(host: str, port: int) -> None:
