@@ -34,7 +34,7 @@ NO_VERDICT = "no verdict"
 FALSE_ALARMS = 0.01  # of whole reports without drift
 MANY_CLIENTS = 50  # from so many on, a client is the unit and not a recording
 MOST = 2000  # recordings of a stream that are looked at: of a million, any trifle would be significant
-DIGITS, FEW_DIGITS = 8, 4  # of the numbers of a reference; its bandwidths have seven, and its embeddings are many
+DIGITS, FEW_DIGITS = 8, 3  # of the numbers of a reference; its bandwidths have seven, embeddings are many
 FEWEST = 20  # below this a test could hardly see anything
 
 
