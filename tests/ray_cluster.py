@@ -3,6 +3,7 @@
 import os
 from contextlib import contextmanager
 
+from deepfake_utils.serving.hurry import IN_PROXIES
 from tests.service import ROOT
 
 STORE_BYTES = 80 * 2**20
@@ -18,6 +19,7 @@ def two_nodes(*, n_cores: int = 2):
     changes = {
         "PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1", "RAY_ADDRESS": "",
         "RAY_worker_niceness": "0",  # not 15: beside anything else on the machine, tests would wait for minutes
+        IN_PROXIES[0]: IN_PROXIES[1],
         "RAY_raylet_start_wait_time_s": "100",
     }  # fmt: skip
     before = {name: os.environ.get(name) for name in changes}

@@ -41,6 +41,21 @@ def encoded(samples: np.ndarray, format: str = "FLAC", rate_hz: int = 16_000) ->
     return file.getvalue()
 
 
+def send_raw(port: int, *parts: bytes, repeated: bytes = b"", timeout_s: float = 15) -> bytes:
+    """Send bytes as they are, some of them without end, and give what comes back until the connection ends."""
+    with socket.create_connection(("127.0.0.1", port), timeout=timeout_s) as connection:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            for part in parts:
+                connection.sendall(part)
+            while repeated:
+                connection.sendall(repeated)
+        answer = b""
+        with contextlib.suppress(ConnectionResetError):
+            while part := connection.recv(2**16):
+                answer += part
+    return answer
+
+
 class Running:
     """A service that runs, with a client for it."""
 
@@ -62,18 +77,8 @@ class Running:
         return psutil.Process(self.process.pid).memory_info().rss / 2**20
 
     def raw(self, *parts: bytes, repeated: bytes = b"", timeout_s: float = 15) -> bytes:
-        """Send bytes as they are, some of them without end, and give what comes back until the connection ends."""
-        with socket.create_connection(("127.0.0.1", self.port), timeout=timeout_s) as connection:
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                for part in parts:
-                    connection.sendall(part)
-                while repeated:
-                    connection.sendall(repeated)
-            answer = b""
-            with contextlib.suppress(ConnectionResetError):
-                while part := connection.recv(2**16):
-                    answer += part
-        return answer
+        """As `send_raw`."""
+        return send_raw(self.port, *parts, repeated=repeated, timeout_s=timeout_s)
 
     def kill(self) -> None:
         self.process.kill()

@@ -1,6 +1,7 @@
 """The service on Ray Serve under load: replicas killed and added, weights replaced, nothing accepted lost."""
 
 import json
+import socket
 import subprocess
 import sys
 import threading
@@ -19,7 +20,8 @@ from deepfake_utils.scoring.weights import SHIPPED  # noqa: E402
 from deepfake_utils.serving.records import Records  # noqa: E402
 from deepfake_utils.serving.versions import Versions  # noqa: E402
 from tests.ray_cluster import two_nodes  # noqa: E402
-from tests.service import babble, encoded  # noqa: E402
+from tests.service import babble, encoded, send_raw  # noqa: E402
+from tests.test_service_hostile import GROWTH_MB, head, lying_headers, silent_flac, status_of  # noqa: E402
 
 N_CLIENTS = 4
 N_CORES = 3  # that Ray is told of, so that there is room for one replica more than at the start
@@ -194,3 +196,66 @@ def test_replicas_come_with_the_load_and_go_after_it(served):
         client.wait_for(4)
     assert not clients.failed and not client.failed, "a front that is sent away answers what it has"
     assert {answer["id"] for answer in clients.answers + client.answers} <= set(records.verdicts()["id"])
+
+
+def test_a_second_one_does_not_take_over_what_runs(cluster, served, tmp_path):
+    """Of the same folder or another: it is refused, and its end ends nothing."""
+    folder, url, _ = served
+    port = url.rpartition(":")[2]
+    command = [sys.executable, "-m", "deepfake_utils", "serve", str(tmp_path), "--fleet", "--port", port]
+    done = subprocess.run(command, env=cluster, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 2 and "runs on this cluster already, started by" in done.stderr
+    assert httpx.get(f"{url}/ready", timeout=100).status_code == 200
+
+
+def memory_mb() -> float:
+    """Of the proxies and the fronts, together."""
+    words, found = ("ProxyActor", "ServeReplica:detector:front"), psutil.process_iter(["cmdline", "memory_info"])
+    return sum(
+        p.info["memory_info"].rss / 2**20 for p in found if any(w in " ".join(p.info["cmdline"] or ()) for w in words)
+    )
+
+
+def test_clients_that_mean_harm_are_refused_by_the_fleet_and_the_next_one_is_served(served):
+    folder, url, _ = served
+    port, good = int(url.rpartition(":")[2]), encoded(babble())
+    block = b"10000\r\n" + bytes(0x10000) + b"\r\n"
+    form = b'--B\r\nContent-Disposition: form-data; name="f"; filename="../../etc/passwd"\r\n\r\n%s\r\n--B--\r\n' % good
+    many = b'--B\r\nContent-Disposition: form-data; name="f"; filename="f"\r\n\r\nRIFF\r\n' * 10_000 + b"--B--\r\n"
+    as_form = {"Content-Type": "multipart/form-data; boundary=B"}
+
+    def post(content: bytes, address: str = "/v1/score", **headers) -> int:
+        answer = httpx.post(url + address, content=content, headers=headers, timeout=100)
+        assert answer.status_code == 200 or answer.headers["content-type"] == "application/problem+json"
+        return answer.status_code
+
+    def raw(*parts: bytes, repeated: bytes = b"") -> int:
+        return status_of(send_raw(port, *parts, repeated=repeated, timeout_s=100))
+
+    before_mb = memory_mb()
+    for name, attack, statuses in (
+        ("ten hours of silence", lambda: post(silent_flac(10, is_stated=True)), {413}),
+        ("ten hours that are not stated", lambda: post(silent_flac(10, is_stated=False)), {413}),
+        *((kind, lambda lie=lie: post(lie), {413, 422}) for kind, lie in lying_headers().items() if "giga" not in kind),
+        ("too much stated", lambda: raw(head("/v1/score", f"Content-Length: {10**12}")), {413}),
+        ("no end", lambda: raw(head("/v1/score", "Transfer-Encoding: chunked"), repeated=block), {0, 413}),
+        ("no end, to nowhere", lambda: raw(head("/nowhere", "Transfer-Encoding: chunked"), repeated=block), {0, 404}),
+        ("less than stated", lambda: raw(head("/v1/score", "Content-Length: 100000"), b"x" * 1000), {408}),
+        ("half a head", lambda: raw(b"POST /v1/score HTTP/1.1\r\nX: "), {0, 400}),
+        ("a head without end", lambda: raw(b"POST /v1/score HTTP/1.1\r\nX: ", repeated=b"a" * 2**16), {0, 400}),
+        ("a path as name", lambda: post(form, "/v1/score?keep=true", **as_form), {200}),
+        ("many files", lambda: post(many, **as_form), {400}),
+        ("a bomb", lambda: post(b"[" * 60_000, "/v1/feedback"), {422}),
+        ("a large bomb", lambda: post(b"[" * 10_000_000, "/v1/feedback"), {413}),
+    ):
+        assert attack() in statuses, name
+        assert post(good) == 200, name
+    slow = [socket.create_connection(("127.0.0.1", port)) for _ in range(300)]
+    for connection in slow:
+        connection.sendall(head("/v1/score", "Content-Length: 1000000") + b"x")
+    assert httpx.get(f"{url}/health", timeout=100).status_code == 200
+    for connection in slow:
+        connection.close()
+    wait_until(lambda: post(good) == 200, 60)
+    assert {path.parent.parent.name for path in folder.rglob("*") if len(path.name) == 64} == {"kept"}
+    assert memory_mb() < before_mb + 3 * GROWTH_MB

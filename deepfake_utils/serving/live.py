@@ -121,6 +121,8 @@ def _is_end(message: str | bytes) -> bool:
 
 
 def _samples(message: bytes, format: str) -> np.ndarray:
+    if len(message) > MESSAGE_BYTES:  # Ray's proxies let more through than the single process
+        raise Problem(413, "too large", f"{len(message):,} bytes in a message: send {MESSAGE_BYTES:,} at most")
     dtype = np.dtype("<i2" if format == "int16" else "<f4")
     if len(message) % dtype.itemsize:
         raise Problem(400, "sound expected", f"{len(message)} bytes are no whole number of {format} samples")

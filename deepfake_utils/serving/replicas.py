@@ -34,6 +34,7 @@ from deepfake_utils.scoring.detector import Detector
 from deepfake_utils.scoring.score import SCORING_BATCH, forward
 from deepfake_utils.serving.app import create_app
 from deepfake_utils.serving.fleet import FleetError, connect
+from deepfake_utils.serving.hurry import IN_PROXIES
 from deepfake_utils.serving.service import Service, Settings
 
 NAME, JUDGE, OWNER = "detector", "judge", "detector-owner"
@@ -177,6 +178,7 @@ def serve_fleet(settings: Settings, host: str, port: int) -> None:
     Raises:
         FleetError: it does not start there, it runs there already, or Ray Serve listens on another port.
     """
+    os.environ.setdefault(*IN_PROXIES)  # of the cluster that is made here, if none is there
     connect()
     if not port:  # Ray would take one and not say which
         with socket.create_server((host, 0)) as free:
