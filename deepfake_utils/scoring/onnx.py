@@ -29,7 +29,7 @@ from deepfake_utils.files import atomic_write
 from deepfake_utils.models import MODELS, fast
 from deepfake_utils.models.aasist import NodePooling
 from deepfake_utils.models.encoder import Encoder
-from deepfake_utils.models.fast.tiling import map_in_threads
+from deepfake_utils.models.fast.tiling import spread
 from deepfake_utils.models.layers import CMOutput, check_waveform
 from deepfake_utils.models.lfcc import PowerSpectrum
 from deepfake_utils.models.sinc import SincFilters
@@ -307,13 +307,13 @@ class OnnxScorer:
             AudioError: the waveforms are not (B, T) or shorter than `min_samples`.
         """
         check_waveform(waveform, self.min_samples)
-        parts = map_in_threads(self._run, waveform.detach().cpu().float().split(1))
-        return CMOutput(*(torch.cat(values) for values in zip(*parts, strict=True)))
+        batch = np.ascontiguousarray(waveform.detach().cpu().float().numpy())
+        parts = spread(self._run, [batch[i : i + 1] for i in range(len(batch))])
+        return CMOutput(*(torch.from_numpy(np.concatenate(values)) for values in zip(*parts, strict=True)))
 
-    def _run(self, waveform: Tensor) -> tuple[Tensor, Tensor]:
-        logits, *more = self._session.run(None, {INPUT_NAME: np.ascontiguousarray(waveform.numpy())})
-        embedding = more[0] if more else np.zeros((1, 0), np.float32)
-        return torch.from_numpy(logits), torch.from_numpy(embedding)
+    def _run(self, waveform: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        logits, *more = self._session.run(None, {INPUT_NAME: waveform})
+        return logits, more[0] if more else np.zeros((1, 0), np.float32)
 
 
 def _open_session(path: str | os.PathLike):

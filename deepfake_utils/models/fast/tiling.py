@@ -161,16 +161,21 @@ def map_in_threads(function: Callable[[Any], Any], items: list) -> Iterable[Any]
 
     Results come in order and do not depend on the number of threads.
     """
-    n_threads = torch.get_num_threads()
     inference = torch.is_inference_mode_enabled()
 
     def run(item: Any) -> Any:
         with torch.inference_mode(inference), torch.no_grad(), torch.autocast("cpu", enabled=False):
             return function(item)
 
+    return spread(run, items)
+
+
+def spread(function: Callable[[Any], Any], items: list) -> Iterable[Any]:
+    """The same for a function without PyTorch's operations, which needs none of its settings."""
+    n_threads = torch.get_num_threads()
     if n_threads == 1 or len(items) == 1:
-        return map(run, items)
-    return _pool(n_threads, os.getpid()).map(run, items)
+        return map(function, items)
+    return _pool(n_threads, os.getpid()).map(function, items)
 
 
 @cache
