@@ -148,9 +148,9 @@ class Losses:
         for frame in frames:
             duration_s = frame.samples / frame.sample_rate
             self._decoded_s += duration_s
-            if frame.pts is None:
+            start_s = frame.time
+            if start_s is None:
                 continue
-            start_s = frame.pts * float(frame.time_base)
             if self._next_s is not None and start_s - self._next_s > GAP_S:
                 self._gaps_s += start_s - self._next_s
                 is_hole = True

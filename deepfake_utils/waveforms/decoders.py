@@ -237,9 +237,17 @@ def _alike(frames: Iterator) -> Iterator[list]:
 
 def _samples_of(frames: list) -> np.ndarray:
     """(n, channels) of PyAV frames of one kind, in the type they were decoded to."""
-    planar, n_channels = frames[0].format.is_planar, frames[0].layout.nb_channels
-    arrays = [frame.to_ndarray() for frame in frames]
-    return np.concatenate([array.T if planar else array.reshape(-1, n_channels) for array in arrays])
+    from av.audio.frame import format_dtypes
+
+    n_channels, dtype = frames[0].layout.nb_channels, format_dtypes[frames[0].format.name]
+    if not frames[0].format.is_planar:
+        parts = [np.frombuffer(frame.planes[0], dtype, frame.samples * n_channels) for frame in frames]
+        return np.concatenate(parts).reshape(-1, n_channels)
+    samples = np.empty((n_channels, sum(frame.samples for frame in frames)), dtype)
+    planes = [[np.frombuffer(plane, dtype, frame.samples) for plane in frame.planes] for frame in frames]
+    for channel, parts in zip(samples, zip(*planes, strict=True), strict=True):
+        np.concatenate(parts, out=channel)
+    return samples.T
 
 
 def _to_float(samples: np.ndarray) -> np.ndarray:

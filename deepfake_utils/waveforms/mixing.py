@@ -69,8 +69,8 @@ class Mixer:
         channels = block.T if n_channels == 1 else block.T.astype(np.float64, order="C")  # eight times as fast to add
         mono = channels[0] if n_channels == 1 else channels.mean(axis=0)
         if n_channels > 1 and self._loudest is None:
-            power = np.square(channels).mean(axis=1)
-            if np.square(mono).mean() < CANCELLED * power.sum() / n_channels**2:
+            power = np.einsum("ij,ij->i", channels, channels)
+            if np.einsum("i,i", mono, mono) < CANCELLED * power.sum() / n_channels**2:
                 self._loudest = int(power.argmax())
                 self._say(
                     f"averaged, its {n_channels} channels cancel each other (opposite polarity): from "

@@ -14,7 +14,6 @@ PASSBAND_FRACTION = 0.94
 STOPBAND_DB = 80.0
 
 CHUNK_SAMPLES = 1_600  # computed at a time, about
-ROW_SAMPLES = 128  # of a chunk's row, at least
 MATRIX_SAMPLES = 32  # a matrix gives: more would multiply more zeros, fewer do not fill the processor's vectors
 MATRICES_SIZE = 2**21  # elements, at most
 SMALL_PRODUCT = 2**18  # multiplications up to which OpenBLAS starts no team of threads, which a busy machine stops
@@ -66,9 +65,11 @@ class Resampler:
         divisor = math.gcd(SAMPLE_RATE_HZ, rate_hz)
         self._up, self._down = SAMPLE_RATE_HZ // divisor, rate_hz // divisor
         self._reach, self._hop, self._matrices = _filter_matrices(self._up, self._down)
-        n_rows = CHUNK_SAMPLES * self._down // (self._up * self._hop)
+        n_rows = max(1, CHUNK_SAMPLES * self._down // (self._up * self._hop))
         largest = max((matrix.size for _, matrix in self._matrices), default=1)
-        self._chunk = self._hop * max(1, min(n_rows, SMALL_PRODUCT // largest))  # input samples
+        self._n_rows = max(1, min(n_rows, SMALL_PRODUCT // largest))  # of one product
+        self._n_products = -(-n_rows // self._n_rows)  # of a chunk with one matrix
+        self._chunk = self._hop * self._n_rows * self._n_products  # input samples
         self._waiting = np.zeros(self._reach)
         self._n_in = self._n_out = 0
 
@@ -98,9 +99,12 @@ class Resampler:
     def _convert(self, stretch: np.ndarray) -> np.ndarray:
         """The outputs of one chunk from its inputs and `reach` more on either side."""
         if self._matrices:
-            rows = np.lib.stride_tricks.sliding_window_view(stretch, self._hop + 2 * self._reach)[:: self._hop]
-            parts = [rows[:, start : start + len(matrix)].copy() @ matrix for start, matrix in self._matrices]
-            return np.concatenate(parts, axis=1).ravel()
+            size = stretch.itemsize  # `sliding_window_view` gives the same, and takes as long as the products
+            shape = self._n_products, self._n_rows, self._hop + 2 * self._reach
+            strides = self._n_rows * self._hop * size, self._hop * size, size
+            rows = np.ndarray(shape, stretch.dtype, stretch, strides=strides)
+            parts = [rows[..., start : start + len(matrix)].copy() @ matrix for start, matrix in self._matrices]
+            return np.concatenate(parts, axis=2).ravel()
         from scipy.signal import upfirdn
 
         first, taps = _padded_taps(self._up, self._down, self._reach)
@@ -126,7 +130,7 @@ def _filter_matrices(up: int, down: int) -> tuple[int, int, list[tuple[int, np.n
     taps = _low_pass(up, down) * up
     half = len(taps) // 2
     reach = half // up + 1
-    repeats = max(1, round(ROW_SAMPLES / up))
+    repeats = max(1, round(MATRIX_SAMPLES / up))
     hop, n_outputs = down * repeats, up * repeats
     if n_outputs * (2 * reach + MATRIX_SAMPLES * down // up) > MATRICES_SIZE:
         return reach, hop, []
