@@ -21,6 +21,7 @@ from deepfake_utils.conventions import LABEL_NAMES, AudioError, ConfigError
 from deepfake_utils.files import atomic_write
 
 DONE, SOME_UNREADABLE = 0, 1
+MOST_DAYS = 36_500  # that a report looks back
 
 
 def find(options: argparse.Namespace) -> int:
@@ -272,7 +273,7 @@ def serve(options: argparse.Namespace) -> int:
     """Answer over HTTP whether recordings are real or fake, with a page for people and an interface for programs.
 
     DATABASE_URL names a database other than a file in the folder, such as postgresql+psycopg://user@host/name;
-    DEEPFAKE_TOKENS="anna=SECRET,ben=SECRET" lets in only who sends such a token. The weights of FOLDER/models are
+    DEEPFAKE_TOKENS="anna=SECRET,ben=OTHER" lets in only who sends such a token. The weights of FOLDER/models are
     followed without a restart.
     """
     try:
@@ -288,6 +289,8 @@ def serve(options: argparse.Namespace) -> int:
     if not all(name.strip() and token.strip() and token.isascii() for name, _, token in pairs):
         raise ConfigError('DEEPFAKE_TOKENS: expected NAME=TOKEN,..., such as "anna=SECRET", tokens in ASCII')
     tokens = {token.strip(): name.strip() for name, _, token in pairs}
+    if len(tokens) < len(pairs):
+        raise ConfigError("DEEPFAKE_TOKENS: the same token stands there twice: give every client one of its own")
     settings = Settings(
         options.folder, options.weights, options.models, os.environ.get("DATABASE_URL"), tokens, use=options.use,
         device=options.device,
@@ -361,13 +364,15 @@ def monitor(options: argparse.Namespace) -> int:
     from deepfake_utils.serving import headless
     from deepfake_utils.serving.records import existing_database
 
+    if not 0 < options.days <= MOST_DAYS:
+        raise ConfigError(f"--days {options.days:g}: expected how many days to look back, up to {MOST_DAYS:,}")
     database = existing_database(options.database)  # the notebook runs in another folder
     settings = {"days": options.days, "false_alarms": options.false_alarms}
     notebooks = options.notebooks or headless.NOTEBOOKS
     print(headless.monitor(database, options.models, options.out, notebooks, **settings))
     found = json.loads((options.out / "monitor" / "result.json").read_text(encoding="utf-8"))
     print(found["problem"] or f"drift: {', '.join(found['drifted']) or 'none seen'}")
-    if found["embeddings_not_tested"]:
+    if found["embeddings_not_tested"] and not found["problem"]:
         print(f"embeddings were not tested: {found['embeddings_not_tested']}")
     return DONE
 

@@ -257,6 +257,13 @@ def test_the_report_is_a_notebook_with_pictures_that_show(tmp_path, capsys, monk
     assert not any("<Figure" in str(output) for output in outputs)
 
 
+@pytest.mark.parametrize("days", ["0", "-1", "nan", "1e9"])
+def test_a_time_that_is_none_is_refused_before_anything_is_rendered(days, tmp_path, capsys):
+    command = ["monitor", "--database", "sqlite://", "--models", str(tmp_path), "--out", str(tmp_path / "out")]
+    assert main([*command, "--days", days]) == 2
+    assert "how many days" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_the_report_is_a_pair():
     text, notebook = jupytext.read(NOTEBOOKS / "monitor.py"), nbformat.read(NOTEBOOKS / "monitor.ipynb", as_version=4)
     cells = [[(cell.cell_type, cell.source) for cell in half.cells] for half in (text, notebook)]

@@ -102,7 +102,8 @@ def served(cluster, database, tmp_path_factory):
     command = [sys.executable, "-c", SERVE_HASTILY, folder]
     process = subprocess.Popen(command, env=cluster | {"DATABASE_URL": database}, stdout=subprocess.PIPE)
     try:
-        yield folder, process.stdout.readline().decode().split()[0], Records(database)
+        first = next(line for line in process.stdout if line.startswith(b"http"))  # Ray warns there, too
+        yield folder, first.decode().split()[0], Records(database)
     finally:
         process.terminate()
         process.wait(100)
