@@ -261,6 +261,29 @@ def test_channels_that_cancel_are_told_in_a_stream_as_in_a_file(loud_is_speech, 
     assert stream.verdict.warnings == file.warnings
 
 
+def test_a_stream_ends_once(loud_is_speech):
+    stream = detector().stream(8_000)
+    stream.push(RECORDING[: 11 * 8_000])
+    n_found, verdict = len(stream.finish()), stream.verdict
+    assert n_found > 0 and stream.finish() == [] and stream.verdict == verdict
+    with pytest.raises(AudioError, match="has ended"):
+        stream.push(RECORDING[:8_000])
+
+
+@pytest.mark.parametrize("n_samples", [64_599, 64_601, 2**18, 2**18 + 1, 2**18 + 64_600])
+def test_speech_found_does_not_depend_on_the_chunks_to_the_last_bit(loud_is_speech, n_samples):
+    rng, recording = np.random.default_rng(n_samples), np.resize(RECORDING, n_samples).astype(np.float32)
+    whole, stream = detector()(recording, 16_000), detector().stream(16_000)
+    while len(recording):
+        n = int(rng.choice([0, 1, 511, 512, 513, 32_300, 99_999]))
+        stream.push(recording[:n])
+        recording = recording[n:]
+    stream.finish()
+    found = stream.verdict
+    assert (found.speech_s, found.looked_at, found.duration_s) == (whole.speech_s, whole.looked_at, whole.duration_s)
+    assert [w.speech_s for w in found.windows] == [w.speech_s for w in whole.windows]
+
+
 def test_a_stream_keeps_a_window_and_no_more(loud_is_speech):
     stream = detector().stream(16_000)
     for _ in range(100):

@@ -37,13 +37,21 @@ class Stream:
         self._notes: list[str] = []
         self._mixer = Mixer("the waveform", self._notes.append)
         self._resampler = Resampler(self._rate_hz)
+        self._has_ended = False
 
     def push(self, samples: np.ndarray) -> list:
         """Samples (n,) or (n, channels), float in [-1, 1] or int16 -> the windows they complete, judged."""
+        if self._has_ended:
+            raise AudioError(
+                "the stream has ended (finish): more sound needs a stream of its own, detector.stream(...)"
+            )
         return self._take(self._mixer.push(_checked(samples), self._rate_hz))
 
     def finish(self) -> list:
-        """The end: the window that ends with the recording, where the others leave some of it out."""
+        """The end, once: the window that ends with the recording, where the others leave some of it out."""
+        if self._has_ended:
+            return []
+        self._has_ended = True
         found = self._take(self._mixer.finish())
         return found + self._cut(self._resampler.finish()) + self._judged(self._cutter.finish())
 

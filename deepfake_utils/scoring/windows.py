@@ -48,7 +48,7 @@ class WindowCutter:
         self._finder = SpeechFinder()
         self._kept = np.zeros(0, np.float32)  # the last samples, at most a window and a block
         self._speech_ends = np.zeros(0, np.int64)  # of each frame of speech in them, the sample after its last
-        self._n_frames, self._next_start, self._judged_until = 0, 0, 0
+        self._n_frames, self._n_speech, self._next_start, self._judged_until = 0, 0, 0, 0
         self.n_samples, self.speech_s, self.judged_s = 0, 0.0, 0.0
 
     def push(self, samples: np.ndarray) -> Iterator[Window]:
@@ -72,7 +72,8 @@ class WindowCutter:
     def _count(self, flags: np.ndarray) -> None:
         ends = np.minimum((self._n_frames + 1 + np.flatnonzero(flags)) * FRAME_SAMPLES, self.n_samples)
         self._n_frames += len(flags)
-        self.speech_s += len(ends) * FRAME_SAMPLES / SAMPLE_RATE_HZ
+        self._n_speech += len(ends)
+        self.speech_s = self._n_speech * FRAME_SAMPLES / SAMPLE_RATE_HZ  # whatever the chunks, to the last bit
         kept_from = self.n_samples - len(self._kept)
         self._speech_ends = np.concatenate([self._speech_ends[self._speech_ends > kept_from], ends])
 
