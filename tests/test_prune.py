@@ -116,3 +116,17 @@ def test_a_run_may_start_from_a_wider_network_and_is_resumed_without_starting_ag
         fit(train, dev, tmp_path / "other", config, model=model, device="cpu", say=said.append)
     with pytest.raises(ConfigError, match="a file or a name of weights"):
         tiny_config(start=3)
+
+
+def test_a_run_starts_from_the_member_of_a_fusion_that_it_is_to_train(model, tmp_path):
+    members = (("lfcc-lcnn", {}), ("spectrogram-resnet", dataclasses.asdict(model.config)))
+    fused = build_model("score-fusion", members=members)
+    fused.members[1].load_state_dict(model.state_dict())
+    start = save_weights(tmp_path / "fused.safetensors", fused, name="score-fusion")
+    train, dev = write_corpus(tmp_path, n_train=16)
+    config = tiny_config(model="spectrogram-resnet", model_options=NARROW, start=str(start), learning_rate=0.0,
+                         learning_rate_min=0.0, epochs=1)  # fmt: skip
+    fit(train, dev, tmp_path / "run", config, device="cpu", say=lambda line: None)
+    kept = load_model(weights=tmp_path / "run" / "best.safetensors")
+    for value, other in zip(kept.parameters(), narrowed(model, **NARROW).parameters(), strict=True):
+        assert torch.equal(value, other)

@@ -15,6 +15,7 @@ from deepfake_utils.augment import build_augmentation
 from deepfake_utils.conventions import BONAFIDE, SPOOF, ConfigError, TrainingError
 from deepfake_utils.machine import pick_device, pick_precision, seed_everything
 from deepfake_utils.models import MODELS, build_model
+from deepfake_utils.models.fusion import ScoreFusion
 from deepfake_utils.models.losses import build_loss
 from deepfake_utils.models.prune import WIDTHS, narrowed
 from deepfake_utils.models.sinc import SincFilters
@@ -133,7 +134,8 @@ def _weights_to_start_from(
 
 
 def _named_start(config: TrainingConfig, say: Callable[[str], None]) -> nn.Module:
-    """The weights that `config.start` names; of a spectrogram network wider than asked for its most important channels.
+    """The weights that `config.start` names; of a score fusion the member asked for, of a spectrogram network that is
+    wider than asked for its most important channels.
 
     Raises:
         CheckpointError: they are not there, or damaged.
@@ -141,9 +143,11 @@ def _named_start(config: TrainingConfig, say: Callable[[str], None]) -> nn.Modul
     """
     model = load_model(weights=config.start)
     say(f"start:     {config.start}")
-    if isinstance(model, SpectrogramResNet) and config.model == "spectrogram-resnet":
-        wanted = build_model(config.model, generator=torch.Generator(), **config.model_options).config
-        widths = {name: getattr(wanted, name) for name in (*WIDTHS, "dropout")}
+    wanted = build_model(config.model, generator=torch.Generator(), **config.model_options)
+    if isinstance(model, ScoreFusion) and not isinstance(wanted, ScoreFusion):
+        model = next((member for member in model.members if type(member) is type(wanted)), model)
+    if isinstance(model, SpectrogramResNet) and isinstance(wanted, SpectrogramResNet):
+        widths = {name: getattr(wanted.config, name) for name in (*WIDTHS, "dropout")}
         if any(getattr(model.config, name) != width for name, width in widths.items()):
             n_before, model = sum(p.numel() for p in model.parameters()), narrowed(model, **widths)
             say(f"           narrowed from {n_before:,} to {sum(p.numel() for p in model.parameters()):,} parameters")
