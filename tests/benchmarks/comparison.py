@@ -40,6 +40,7 @@ NO_CODECS = dict.fromkeys(("mp3", "opus", "aac", "amr", "companding"))
 ROWS: dict[str, tuple[dict, dict, bool]] = {
     "spectrogram-resnet": ({}, {}, True),
     "lfcc-lcnn": ({"model": "lfcc-lcnn", "model_options": {}}, {}, True),
+    "lfcc-lcnn, levelled": ({"model": "lfcc-lcnn", "model_options": {"front_end": "lfcc-levelled"}}, {}, True),
     "without the synthesised part": ({}, {}, False),
     "noise of random colour, none recorded": ({}, {"noise": {"probability": 0.5, "snr_db": [5.0, 40.0]}}, True),
     "without RawBoost": ({}, {"rawboost-5": None}, True),
