@@ -12,6 +12,7 @@ import pytest
 from scipy.stats import binom
 
 import deepfake_utils.serving
+from deepfake_utils.__main__ import main
 from deepfake_utils.conventions import CheckpointError, ConfigError
 from deepfake_utils.serving.feedback import (
     ACCEPTED,
@@ -298,3 +299,12 @@ def test_of_equal_systems_few_are_refused_for_an_attack_that_surely_got_worse():
                           largest_loss=1.0, largest_loss_of_attack=1.0, fewest_of_attack=20)  # fmt: skip
         n_mistaken += any("surely" in reason for reason in reasons)
     assert n_mistaken <= binom.ppf(0.999, n_draws, 0.05)
+
+
+def test_a_slip_in_the_command_begins_nothing_that_would_have_to_be_gone_on_with(tmp_path, capsys):
+    Records(f"sqlite:///{tmp_path}/records.sqlite").close()
+    command = ["retrain", "--feedback", f"sqlite:///{tmp_path}/records.sqlite", "--models", str(tmp_path / "models")]
+    assert main([*command, "--base", str(tmp_path / "nowhere")]) == 2
+    said = capsys.readouterr()
+    assert "expected --base to name" in said.err and "begins" not in said.out
+    assert not (tmp_path / "models" / "retrainings").exists()

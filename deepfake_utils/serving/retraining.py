@@ -122,14 +122,14 @@ class Retraining:
         n_done = sum(line["event"] in ("promoted", "refused") for line in versions.history())
         self.number = n_done + 1
         self.folder = versions.folder / RETRAININGS / str(self.number)
-        self.wish = self._as_begun(wish)
         self.name = f"retraining {self.number}"
-        result = json.loads((Path(wish.base) / "02_train" / "result.json").read_text(encoding="utf-8"))
+        result = _result_of(wish.base)
         self._config = result["config"]
         self._corpus = _corpus_of(result, wish.data)
         protocols, _ = divide(self._corpus, self._config["seed"])
         self._train, self._dev, self._eval = protocols
         self._tests = {f"eval of {self._corpus.name}": self._eval} | _tests_of(wish.tests)
+        self.wish = self._as_begun(wish)  # last: a slip in the command is nothing to go on with
 
     def _as_begun(self, wish: Wish) -> Wish:
         asked = json.loads(json.dumps(asdict(wish)))
@@ -377,6 +377,17 @@ def _read_feedback(folder: Path) -> pd.DataFrame:
 def _write_csv(path: Path, table: pd.DataFrame) -> None:
     with atomic_write(path) as part:
         table.to_csv(part, index=False)
+
+
+def _result_of(base: str) -> dict:
+    path = Path(base) / "02_train" / "result.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{path} cannot be read ({error}): expected --base to name the folder of a run of the notebooks, such as "
+            "notebooks/run.py prints it"
+        ) from None
 
 
 def _write_json(path: Path, facts: dict) -> None:
