@@ -36,6 +36,8 @@ def two_nodes(*, n_cores: int = 2):
             except Exception:
                 if left == 1:
                     raise
+                cluster.shutdown()  # a head that came too late would be taken for one that is there
+                cluster = Cluster()
         yield os.environ | {"RAY_ADDRESS": cluster.address}
     finally:
         cluster.shutdown()
