@@ -146,7 +146,7 @@ def test_a_job_that_ends_the_service_each_time_is_given_up(records):
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
 def test_many_may_open_a_new_database_at_once(kind, tmp_path, request):
     """As the replicas of a fleet do at its first start."""
-    urls = [f"sqlite:///{tmp_path}/{i}.sqlite" for i in range(5)]
+    urls = [f"sqlite:///{tmp_path}/{i}.sqlite" for i in range(30)]  # one in ten met a locked file
     if kind == "postgresql":
         server = request.getfixturevalue("postgres_url")
         with sa.create_engine(server).begin() as connection:

@@ -5,6 +5,7 @@ A record is on the disk before the answer that rests on it is given.
 
 from __future__ import annotations
 
+import sqlite3
 import time
 import uuid
 from collections.abc import Iterable
@@ -309,7 +310,23 @@ def _make_private(database: str) -> None:
 
 def _prepare_sqlite(connection, _) -> None:
     cursor = connection.cursor()
-    cursor.execute("PRAGMA journal_mode=WAL")  # readers do not wait for the writer
+    _log_ahead(cursor)
     cursor.execute("PRAGMA synchronous=FULL")  # what was answered survives a power cut, too
     cursor.execute("PRAGMA foreign_keys=ON")
     cursor.close()
+
+
+def _log_ahead(cursor) -> None:
+    """Switch to a write-ahead log, so that readers do not wait for the writer.
+
+    SQLite lets nobody wait for this switch: where two open a new file at once, one is told that it is locked.
+    """
+    until = time.monotonic() + BUSY_S
+    while True:
+        try:
+            cursor.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > until:
+                raise
+            time.sleep(0.01)
