@@ -290,7 +290,9 @@ def serve(options: argparse.Namespace) -> int:
         raise ConfigError('DEEPFAKE_TOKENS: expected NAME=TOKEN,..., such as "anna=SECRET", tokens in ASCII')
     tokens = {token.strip(): name.strip() for name, _, token in pairs}
     if len(tokens) < len(pairs):
-        raise ConfigError("DEEPFAKE_TOKENS: the same token stands there twice: give every client one of its own")
+        raise ConfigError(
+            'DEEPFAKE_TOKENS: the same token stands there twice: expected one a client, such as "anna=SECRET,ben=OTHER"'
+        )
     settings = Settings(
         options.folder, options.weights, options.models, os.environ.get("DATABASE_URL"), tokens, use=options.use,
         device=options.device,

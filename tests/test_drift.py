@@ -104,7 +104,9 @@ def test_a_reference_is_made_of_recordings_and_kept_beside_the_weights(tmp_path)
     assert reference["seconds"].between(1, 4).all() and reference["level_db"].between(-60, 0).all()
     path = drift.write_reference(tmp_path / "w.safetensors", reference, "demo, dev")
     again = drift.read_reference(tmp_path / "w.safetensors")
-    pd.testing.assert_frame_equal(again, reference, check_dtype=False, rtol=5e-3)
+    measured = ["label", *drift.NUMBERS]
+    pd.testing.assert_frame_equal(again[measured], reference[measured], check_dtype=False)
+    pd.testing.assert_frame_equal(again, reference, check_dtype=False, rtol=5e-3)  # embeddings have three digits
     assert again.attrs == reference.attrs | {"made_from": "demo, dev"}
     path.write_text(json.dumps({"score": [1, 2]}))
     with pytest.raises(ConfigError, match="damaged.*deepfake-utils reference"):

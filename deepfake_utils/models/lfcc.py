@@ -59,8 +59,6 @@ class LfccConfig:
 # ASVspoof 2021's baseline: finer in frequency, coarser in time, no pre-emphasis, 70 filters.
 # (It keeps 19 coefficients and, for the telephone track, 0 .. 4 kHz; here 20 over the whole band.)
 LFCC_HIGH_RESOLUTION = LfccConfig(480, 240, 1024, n_filters=70, pre_emphasis=0.0)
-
-
 LFCC_LEVELLED = LfccConfig(512, 256, pre_emphasis=0.0, band_hz=(LOWEST_HZ, HIGHEST_HZ), levelled=True)
 
 
@@ -153,9 +151,7 @@ class Lfcc(nn.Module):
         """(B, T) waveforms to (B, 3 * n_coefficients, frames): static, delta, delta-delta; float32."""
         with torch.autocast(waveform.device.type, enabled=False):
             power = self.power(waveform) @ self.filters
-            if self.config.levelled:
-                power = power / (power.mean((1, 2), keepdim=True) + 1e-9)
-            static = torch.log10(power + (RELATIVE_FLOOR if self.config.levelled else LOG_FLOOR)) @ self.dct
+            static = torch.log10(relative(power) if self.config.levelled else power + LOG_FLOOR) @ self.dct
             if self.config.levelled:
                 static = static - static.mean(1, keepdim=True)
             static = static.transpose(1, 2)
@@ -183,6 +179,11 @@ class LogSpectrogram(nn.Module):
         """(B, T) waveforms to (B, n_fft // 2 + 1, frames), log10 of power; float32."""
         with torch.autocast(waveform.device.type, enabled=False):
             return torch.log10(self.power(waveform) + LOG_FLOOR).transpose(1, 2)
+
+
+def relative(power: Tensor) -> Tensor:
+    """Powers (B, ., .) over the mean of their clip, and a floor for the logarithm: what level they had is gone."""
+    return power / (power.mean((1, 2), keepdim=True) + 1e-9) + RELATIVE_FLOOR
 
 
 def _delta(features: Tensor) -> Tensor:

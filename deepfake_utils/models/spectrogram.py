@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from deepfake_utils.conventions import SAMPLE_RATE_HZ
 from deepfake_utils.models.layers import CMOutput, check_waveform
-from deepfake_utils.models.lfcc import HIGHEST_HZ, LOWEST_HZ, RELATIVE_FLOOR, LfccConfig, PowerSpectrum
+from deepfake_utils.models.lfcc import HIGHEST_HZ, LOWEST_HZ, LfccConfig, PowerSpectrum, relative
 
 SCALE = 0.4  # brings the log power, natural, to a standard deviation of about 1
 
@@ -103,8 +103,7 @@ class SpectrogramResNet(nn.Module):
     def spectrogram(self, waveform: Tensor) -> Tensor:
         """Log power without level and long-term spectrum: (B, T) -> (B, bins, frames)."""
         power = self.power(waveform)[:, :, self.bins].transpose(1, 2)
-        power = power / (power.mean((1, 2), keepdim=True) + 1e-9)
-        log_power = (power + RELATIVE_FLOOR).log()
+        log_power = relative(power).log()
         return SCALE * (log_power - log_power.mean(2, keepdim=True))
 
     def forward(self, waveform: Tensor) -> CMOutput:

@@ -143,6 +143,8 @@ def _named_start(config: TrainingConfig, say: Callable[[str], None]) -> nn.Modul
     """
     model = load_model(weights=config.start)
     say(f"start:     {config.start}")
+    if not isinstance(model, ScoreFusion | SpectrogramResNet):
+        return model
     wanted = build_model(config.model, generator=torch.Generator(), **config.model_options)
     if isinstance(model, ScoreFusion) and not isinstance(wanted, ScoreFusion):
         model = next((member for member in model.members if type(member) is type(wanted)), model)
@@ -159,7 +161,7 @@ def _refuse_another_architecture(model: nn.Module, config: TrainingConfig) -> No
     expected = build_model(config.model, generator=torch.Generator(), **config.model_options)
     given = getattr(model, "config", "no configuration")  # a name, or somebody's own module
     if type(model) is not type(expected) or given != expected.config:
-        names = [n for n, (kind, own) in MODELS.items() if type(model) is kind and given == own]
+        names = [name for name, (_, own) in MODELS.items() if given == own]
         fix = f"config.replace(model={names[0]!r}, model_options={{}})" if names else "its own name and model_options"
         raise ConfigError(
             f"model= is {type(model).__name__} with {given}, and config.model is {config.model!r}, "
