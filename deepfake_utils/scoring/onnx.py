@@ -28,7 +28,7 @@ from deepfake_utils.conventions import CROP_SAMPLES, SAMPLE_RATE_HZ, CheckpointE
 from deepfake_utils.files import atomic_write
 from deepfake_utils.models import MODELS, fast
 from deepfake_utils.models.aasist import NodePooling
-from deepfake_utils.models.encoder import Encoder
+from deepfake_utils.models.encoder import Encoder, ResidualBlock
 from deepfake_utils.models.fast.tiling import spread
 from deepfake_utils.models.layers import CMOutput, check_waveform
 from deepfake_utils.models.lfcc import PowerSpectrum
@@ -39,6 +39,8 @@ OPSET = 17
 INPUT_NAME = "waveform"
 CODE = (resources.files(__package__) / "onnx.py", resources.files(models))  # what decides how a model is written
 LOGIT_TOLERANCE = 1e-4  # of an exported model: two orders of float32's rounding through its layers
+
+SELU_ALPHA, SELU_SCALE = 1.6732632423543772, 1.0507009873554805  # arXiv 1706.02515, appendix A1
 
 # Of an encoder in a graph: 48 take 0.84 to 0.89 of the time of one, for 1 to 16 clips of 4 s; for 16 clips 24 gain
 # nothing.
@@ -73,6 +75,22 @@ class PiecewiseEncoder(Encoder):
         for block in self.blocks[BLOCKS_IN_PIECES:]:
             x = block(x)
         return x
+
+
+class BlockByExponentials(ResidualBlock):
+    """SELU by way of `Exp`, which ONNX Runtime computes in less than half the time of its `Selu`.
+
+    SELU(x) = scale (max(x, 0) + alpha exp(min(x, 0)) - alpha). With ln alpha added to x, in the bias of the
+    convolution before it, alpha needs no product; the scale is in the weights of the next convolution. A whole AASIST
+    takes 0.93 of the time.
+    """
+
+    def plain(self, x: Tensor) -> Tensor:
+        knee = math.log(SELU_ALPHA)
+        hidden = self.norm(self.conv1(x)) + torch.full((self.conv1.out_channels, 1, 1), knee)
+        hidden = hidden.clamp(max=knee).exp() + hidden.clamp(min=knee) - (SELU_ALPHA + knee)
+        hidden = F.conv2d(hidden, SELU_SCALE * self.conv2.weight, self.conv2.bias, padding=self.conv2.padding)
+        return F.max_pool2d(hidden + self.shortcut(x), (1, 3))
 
 
 class PoolingOfAnyLength(NodePooling):
@@ -169,6 +187,7 @@ class PaddedPooling(nn.AvgPool2d):
 
 IN_A_GRAPH = {
     Encoder: PiecewiseEncoder,
+    ResidualBlock: BlockByExponentials,
     NodePooling: PoolingOfAnyLength,
     PowerSpectrum: PowerInTwoSteps,
     nn.AvgPool2d: PaddedPooling,
@@ -325,6 +344,7 @@ def _open_session(path: str | os.PathLike):
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
+    options.add_free_dimension_override_by_name("batch", 1)  # so `OnnxScorer` calls it: AASIST in 0.98 of the time
     try:
         return onnxruntime.InferenceSession(Path(path).read_bytes(), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime has a dozen unrelated exception classes and no common one
