@@ -151,6 +151,7 @@ def test_live_audio_gets_the_same_windows(running, recording):
         (['{"sample_rate_hz": 1}'], "sample_rate_hz"),
         (["[" * 100_000], "expected a message such as"),
         (['{"sample_rate_hz": 16000}', b"\0\0\0"], "3 bytes are no whole number"),
+        (['{"sample_rate_hz": 16000}', encoded(babble(1))], "a file began to come"),
         (['{"sample_rate_hz": 16000}', "what?"], "expected sound"),
         (['{"sample_rate_hz": 16000, "format": "float32"}', np.full(4, np.nan, "<f4").tobytes()], "NaN"),
         (['{"sample_rate_hz": 16000}'], "no sound came for 1 s"),

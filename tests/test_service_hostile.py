@@ -1,5 +1,7 @@
 """Clients that mean harm, or know no better: a clear answer, memory that stays flat, and the next one is served."""
 
+import gzip
+import hashlib
 import io
 import json
 import socket
@@ -237,6 +239,85 @@ def test_ten_thousand_files_in_one_form(victim):
 @pytest.mark.parametrize("kind", ["multipart/form-data", "multipart/form-data; boundary=" + "B" * 5000])
 def test_forms_that_are_none(victim, kind):
     refused(victim.client.post("/v1/score", content=b"--B\r\n\r\n", headers={"Content-Type": kind}), 400)
+
+
+FIRST, SECOND = babble(5, seed=1), babble(7, seed=2)
+SEVERAL = ["FLAC FLAC", "WAV WAV", "AIFF AIFF", "CAF CAF", "FLAC WAV", "WAV FLAC", "WAV OGG", "OGG WAV", "MP3 WAV"]
+
+
+@pytest.mark.parametrize("kinds", SEVERAL)
+def test_several_recordings_one_after_the_other_are_refused(victim, kinds):
+    """What would be judged by the first alone, which may be as real as one likes."""
+    first, second = (encoded(*pair) for pair in zip((FIRST, SECOND), kinds.split(), strict=True))
+    said = refused(victim.client.post("/v1/score?keep=true", content=first + second), 422)
+    near = int(said.partition("byte ")[2].split()[0].replace(",", ""))
+    assert len(first) <= near < len(first) + 16 and "in a request of its own" in said
+    assert not any((victim.folder / "kept").rglob(hashlib.sha256(first + second).hexdigest()))
+    job = victim.client.post("/v1/jobs", content=first + second).raise_for_status().json()["id"]
+    while (told := victim.client.get(f"/v1/jobs/{job}").json())["state"] in ("waiting", "running"):
+        time.sleep(0.1)
+    assert (told["state"], told["result"]["title"]) == ("failed", "several recordings")
+
+
+@pytest.mark.parametrize("kind", ["OGG", "MP3"])
+def test_streams_one_after_the_other_are_one(victim, kind):
+    answer = victim.client.post("/v1/score", content=encoded(FIRST, kind) + encoded(SECOND, kind))
+    assert answer.json()["seconds"] == pytest.approx(12, abs=0.2)
+
+
+def test_a_recording_that_holds_what_others_begin_with_is_one(victim):
+    """A WAV wrapped in a WAV, one whose writer did not know its length, a FLAC with a WAV's header in its own."""
+    sound = encoded(FIRST, "WAV")
+    wrapped = sound[:40] + struct.pack("<I", len(sound)) + sound
+    piped = sound[:40] + b"\xff" * 4 + sound[44:] + sound
+    flac = encoded(FIRST)
+    foreign = b"\x02" + struct.pack(">I", 4 + 44)[1:] + b"riff" + sound[:44]
+    for recording in (wrapped, piped, flac[:42] + foreign + flac[42:]):
+        assert victim.client.post("/v1/score", content=recording).json().get("seconds", 0) >= 5, recording[:60]
+
+
+def form_of(*parts: tuple[str, bytes]) -> bytes:
+    """A form of parts, each the end of its Content-Disposition and its content."""
+    return (
+        b"".join(
+            b"--B\r\nContent-Disposition: form-data; %s\r\n\r\n%s\r\n" % (about.encode(), content)
+            for about, content in parts
+        )
+        + b"--B--\r\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "parts, said",
+    [
+        (['name="file"; filename="a.flac"', 'name="file"; filename="b.flac"'], "Maximum number of files is 1"),
+        (['name="a"; filename="a.flac"', 'name="b"; filename="b.flac"'], "Maximum number of files is 1"),
+        (['name="file"; filename="a.flac"', 'name="other"'], "a field 'other', which is no file"),
+        (['name="file"'], "a field 'file', which is no file"),
+        ([], "no recording in the form"),
+    ],
+)
+@pytest.mark.parametrize("address", ["/v1/score", "/v1/jobs"])
+def test_forms_of_anything_but_one_file_are_refused(victim, address, parts, said):
+    body = form_of(*((about, encoded(FIRST[:16_000], "OGG")) for about in parts))
+    kind = "Multipart/Form-Data; boundary=B"  # in whatever case
+    told = refused(victim.client.post(address, content=body, headers={"Content-Type": kind}), 400)
+    assert said in told and "curl -F file=@call.m4a" in told
+
+
+@pytest.mark.parametrize("kept", ["-F keep=true", "?kept=true"])
+def test_a_wish_that_is_not_understood_is_not_passed_over(victim, kept):
+    if kept.startswith("?"):
+        assert "kept" in refused(victim.client.post(f"/v1/score{kept}", content=encoded(FIRST)), 422)
+    else:
+        form = {"data": {"keep": "true"}, "files": {"file": encoded(FIRST)}}
+        assert "/v1/score?keep=true" in refused(victim.client.post("/v1/score", **form), 400)
+
+
+def test_content_that_is_encoded_once_more_is_refused(victim):
+    as_gzip = {"content": gzip.compress(encoded(FIRST, "WAV")), "headers": {"Content-Encoding": "gzip"}}
+    for address in ("/v1/score", "/v1/jobs", "/v1/feedback"):
+        assert "gzip" in refused(victim.client.post(address, **as_gzip), 415)
 
 
 def test_many_tiny_files_one_after_the_other(victim):

@@ -101,6 +101,19 @@ def test_what_cannot_be_read_is_said(page, tmp_path):
     assert ("status", "") in page.spoken() or any("cannot be decoded" in name for _, name in page.spoken())
 
 
+def test_of_several_recordings_none_is_passed_over(page, recording):
+    page.choose("#file", recording)
+    page.until("!document.getElementById('answer').hidden")
+    page.js("""(() => {
+        const several = new DataTransfer();
+        for (const name of ["one.wav", "two.wav"]) several.items.add(new File(["sound"], name));
+        document.getElementById("drop").dispatchEvent(new DragEvent("drop", {dataTransfer: several, bubbles: true}));
+    })()""")
+    page.until("document.getElementById('status').className == 'problem'")
+    assert "2 files at once" in page.js("document.getElementById('status').textContent")
+    assert page.js("document.getElementById('answer').hidden")
+
+
 def test_every_field_has_a_name(page):
     fields = [name for role, name in page.spoken() if role in ("button", "checkbox", "textbox", "radio")]
     assert fields and all(fields)

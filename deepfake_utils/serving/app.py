@@ -8,9 +8,9 @@ import time
 from contextlib import asynccontextmanager
 from http import HTTPStatus
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from fastapi import FastAPI, Request, WebSocket
+from fastapi import FastAPI, Query, Request, WebSocket
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -80,6 +80,13 @@ class Answer(BaseModel):
     calibration: str
     kept: bool = Field(description="whether the recording was kept")
     limits: dict
+
+
+class Options(BaseModel):
+    """What a client may wish for its recording."""
+
+    model_config = ConfigDict(extra="forbid")  # a wish that is misspelt is not passed over
+    keep: bool = Field(False, description="keep the recording, so that the detector can learn from it")
 
 
 class Feedback(BaseModel):
@@ -155,21 +162,21 @@ def create_app(service: Service, *, runs_jobs: bool = True) -> FastAPI:
         with service.uploads:
             return await read_upload(request, limits)
 
-    @app.post("/v1/score", response_model=Answer, responses=refusals(400, 408, 413, 422, 503),
+    @app.post("/v1/score", response_model=Answer, responses=refusals(400, 408, 413, 415, 422, 503),
               openapi_extra={"requestBody": RECORDING})  # fmt: skip
-    async def score(request: Request, keep: bool = False):
-        """Look at a recording now. keep: keep it, so that the detector can learn from it."""
+    async def score(request: Request, options: Annotated[Options, Query()]):
+        """Look at a recording now."""
         client = client_of(request)
         service.scorer.waiting.refuse_if_full()
-        return JSONResponse(await service.score(await upload_of(request, limits), client, keep))
+        return JSONResponse(await service.score(await upload_of(request, limits), client, options.keep))
 
-    @app.post("/v1/jobs", status_code=202, response_model=Job, responses=refusals(400, 408, 413, 503),
+    @app.post("/v1/jobs", status_code=202, response_model=Job, responses=refusals(400, 408, 413, 415, 422, 503),
               openapi_extra={"requestBody": RECORDING})  # fmt: skip
-    async def accept_job(request: Request, response: Response, keep: bool = False):
+    async def accept_job(request: Request, response: Response, options: Annotated[Options, Query()]):
         """Take in a long recording, to be looked at later; where to ask for it is in the header Location."""
         client = client_of(request)
         file = await upload_of(request, limits.of_jobs())
-        id = await asyncio.to_thread(service.accept_job, file, client, keep)
+        id = await asyncio.to_thread(service.accept_job, file, client, options.keep)
         response.headers["Location"] = f"/v1/jobs/{id}"
         return Job(id=id, state="waiting", limits=limits.stated())
 
@@ -180,7 +187,7 @@ def create_app(service: Service, *, runs_jobs: bool = True) -> FastAPI:
         found = await asyncio.to_thread(service.records.job, id)
         return Job(id=id, state=found["state"], result=found["result"], limits=limits.stated())
 
-    @app.post("/v1/feedback", status_code=201, response_model=Recorded, responses=refusals(404, 413, 422),
+    @app.post("/v1/feedback", status_code=201, response_model=Recorded, responses=refusals(404, 413, 415, 422),
               openapi_extra={"requestBody": {"required": True, "content": {
                   "application/json": {"schema": Feedback.model_json_schema()}}}})  # fmt: skip
     async def feedback(request: Request):

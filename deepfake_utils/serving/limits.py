@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import BinaryIO
 
 from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from deepfake_utils.conventions import AudioError
@@ -17,6 +18,9 @@ from deepfake_utils.serving.records import UnknownRecordError
 
 SPOOL_BYTES = 2**20  # of an upload kept in memory; what is longer goes to a temporary file
 FORM_FIELD_BYTES = 2**16
+ONE_RECORDING = (
+    "send one recording in each request, as the body or as the one file of a form (curl -F file=@call.m4a, with the @)"
+)
 PROBLEM_TYPE = "application/problem+json"
 
 
@@ -119,6 +123,9 @@ class Arriving:
     def __init__(self, request: Request, max_bytes: int, limits: Limits):
         self._receive, self._max_bytes, self._limits = request.receive, max_bytes, limits
         self._n_bytes, self._started = 0, time.monotonic()
+        if (coding := request.headers.get("content-encoding", "identity").strip().lower()) != "identity":
+            told = f"its Content-Encoding is {coding[:50]}, which is not undone here: send the content as it is"
+            raise Problem(415, "encoded content", told)
         stated = request.headers.get("content-length", "")
         if stated.isdigit() and int(stated) > max_bytes:
             raise self._too_large()
@@ -162,18 +169,30 @@ async def read_upload(request: Request, limits: Limits) -> BinaryIO:
         Problem: it is too large, too slow, or not there.
     """
     arriving = Request(request.scope, Arriving(request, limits.upload_bytes, limits))
-    if arriving.headers.get("content-type", "").startswith("multipart/form-data"):
-        form = await arriving.form(max_files=1, max_fields=8, max_part_size=FORM_FIELD_BYTES)
-        file = next((value.file for value in form.values() if isinstance(value, UploadFile)), None)
+    if arriving.headers.get("content-type", "").lower().startswith("multipart/"):
+        file = await _file_of_form(arriving)
     else:
         file = tempfile.SpooledTemporaryFile(SPOOL_BYTES)  # noqa: SIM115 - whoever looks at it closes it
         async for chunk in arriving.stream():
             file.write(chunk)
-    if file is None or not file.seek(0, os.SEEK_END):
-        raise Problem(
-            400, "no recording",
-            "there is no recording in the request: send its content as the body, or a form with one file "
-            "(curl -F file=@call.m4a)",
-        )  # fmt: skip
+    if not file.seek(0, os.SEEK_END):
+        raise Problem(400, "no recording", f"there is no recording in the request: {ONE_RECORDING}")
     file.seek(0)
     return file
+
+
+async def _file_of_form(request: Request) -> BinaryIO:
+    try:
+        form = await request.form(max_files=1, max_fields=8, max_part_size=FORM_FIELD_BYTES)
+    except HTTPException as error:  # also where a second file begins
+        raise Problem(400, "no form with one file", f"{error.detail} {ONE_RECORDING}") from None
+    fields = {name: value for name, value in form.multi_items() if not isinstance(value, UploadFile)}
+    if fields:
+        raise Problem(
+            400, "no form with one file",
+            f"the form has a field {next(iter(fields))[:50]!r}, which is no file: {ONE_RECORDING}. Options belong into "
+            "the address, as in /v1/score?keep=true",
+        )  # fmt: skip
+    if not form:
+        raise Problem(400, "no recording", f"there is no recording in the form: {ONE_RECORDING}")
+    return next(iter(form.values())).file

@@ -31,6 +31,7 @@ from deepfake_utils.waveforms.resample import Resampler
 
 MESSAGE_BYTES = 2**18  # of sound: 8 s of 16-bit samples at 16 kHz
 EXAMPLE = '{"sample_rate_hz": 16000}'
+FILES = (b"RIFF", b"fLaC", b"OggS", b"ID3", b"FORM", b"caff", b"\x1aE\xdf\xa3")  # last: WebM, as browsers record
 POLICY, NORMAL = 1008, 1000  # why a connection was closed
 
 
@@ -64,7 +65,7 @@ async def hold(socket: WebSocket, service: Service, who) -> None:
 
 async def _listen(socket: WebSocket, service: Service, hello: Hello, client: str) -> dict:
     listening = Listening(service.scorer.follow(), service.limits.stream_s)
-    resampler, sha256 = Resampler(hello.sample_rate_hz), hashlib.sha256()
+    resampler, sha256, n_bytes = Resampler(hello.sample_rate_hz), hashlib.sha256(), 0
 
     def push(samples: np.ndarray) -> list:
         return listening.push(np.clip(samples, -1.0, 1.0).astype(np.float32))
@@ -78,6 +79,9 @@ async def _listen(socket: WebSocket, service: Service, hello: Hello, client: str
         began = time.monotonic()
         if _is_end(message := await _message(socket, idle_s, left_s)):
             break
+        if not n_bytes and (message.startswith(FILES) or message[4:8] == b"ftyp"):
+            raise Problem(400, "sound expected", "a file began to come: decode it, or send it to /v1/score or /v1/jobs")
+        n_bytes += len(message)
         sha256.update(message)
         samples = _samples(message, hello.format)
         left_s = min(idle_s, left_s - (time.monotonic() - began) + len(samples) / hello.sample_rate_hz)

@@ -21,6 +21,7 @@ from deepfake_utils.scoring.published import sha256_of
 from deepfake_utils.scoring.weights import weights_file
 from deepfake_utils.serving.limits import Limits, Places, Problem
 from deepfake_utils.serving.versions import POINTER
+from deepfake_utils.waveforms.damage import what_follows
 from deepfake_utils.waveforms.decode import iter_audio
 from deepfake_utils.waveforms.decoders import read_header
 from deepfake_utils.waveforms.recording import opened
@@ -107,13 +108,19 @@ def listen_to(file: BinaryIO, by: InService, max_s: float, given_up: threading.E
     """Look at the whole of a recording, block by block.
 
     Raises:
-        Problem: it is longer than `max_s`, by its header or in truth, or it was given up meanwhile.
+        Problem: it is longer than `max_s`, by its header or in truth, it is several, or it was given up meanwhile.
         AudioError: it cannot be read.
     """
     with opened(file, []) as recording:
         n_samples, rate_hz, is_exact = read_header(recording)
-    if is_exact and rate_hz > 0:
-        refuse_long(n_samples / rate_hz, max_s)
+        if is_exact and rate_hz > 0:
+            refuse_long(n_samples / rate_hz, max_s)
+        if (follows := what_follows(recording, of_any_kind=True)) is not None:
+            raise Problem(
+                422, "several recordings",
+                f"another recording begins near byte {follows:,} of {recording.n_bytes:,}, and no more than what is "
+                "before it would be looked at: send each in a request of its own",
+            )  # fmt: skip
     listening, notes = Listening(by, max_s), []
     for block in iter_audio(file, notes=notes):
         if given_up.is_set():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 import struct
+from collections.abc import Collection
 from typing import NamedTuple
 
 import numpy as np
@@ -39,8 +40,12 @@ _LAYOUTS = {
     b"FORM": _Layout(12, struct.Struct(">4sI"), b"SSND", True),
     b"caff": _Layout(8, struct.Struct(">4sq"), b"data", False),
 }
-# What the beginning of another recording is known by: a stretch of the first one's own beginning.
-_SIGNATURES = {b"RIFF": slice(8, 16), b"FORM": slice(8, 16), b"fLaC": slice(0, 8)}
+# What other recordings have in their first bytes, each long enough that no compressed sound holds it by chance.
+_BEGINNINGS = (
+    b"WAVEfmt ", b"WAVEJUNK", b"WAVEbext", b"AIFFCOMM", b"AIFCFVER", b"caff\0\1\0\0desc", b"ftypisom", b"ftypM4A ",
+    b"ftypmp42",
+)  # fmt: skip
+_FLAC, _OGG = b"fLaC\0\0\0\x22", b"OggS\0\2\0\0\0\0\0\0\0\0"
 
 
 def refuse_cut(recording: Recording) -> None:
@@ -83,22 +88,75 @@ def is_empty(recording: Recording) -> bool:
     return position <= recording.n_bytes + 1  # one may leave its last padding out
 
 
-def say_what_follows(recording: Recording) -> bool:
-    """Whether another recording of its kind begins in the file after the first; if so, say it: decoders do not."""
-    recording.file.seek(0)
+def what_follows(recording: Recording, *, of_any_kind: bool) -> int | None:
+    """Where another recording begins in the file, after the one that decoders read.
+
+    Args:
+        recording: an opened one.
+        of_any_kind: False looks for the first one's kind alone in what is compressed, which is quicker.
+
+    Returns:
+        A byte in its beginning; None where there is none. Joined MP3 and Ogg, which are read to the end, are one.
+    """
+    start = _after_tag(recording)
+    recording.file.seek(start)
     head = recording.file.read(16)
-    where = slice(4, 12) if head[4:8] == b"ftyp" else _SIGNATURES.get(head[:4])
-    if where is None:
-        return False
-    signature, position, tail = head[where], 16, b""
-    while block := recording.file.read(2**20):
-        found = (tail + block).find(signature)
-        if found >= 0:
-            share = (position - len(tail) + found) / recording.n_bytes
-            recording.say(f"another recording begins at {share:.0%} of the file; only what is before it was read")
-            return True
-        position, tail = position + len(block), block[-7:]
-    return False
+    own, others = (), (*_BEGINNINGS, _FLAC, _OGG)
+    if head[:4] in _LAYOUTS:
+        n_bytes, position = _promise(recording) or (0, 0)
+        start = position + n_bytes if n_bytes > 0 else recording.n_bytes  # all is read where no length is stated
+        own = others
+    elif head[:4] == b"fLaC":
+        start, own = _after_flac_header(recording, start + 4), (_FLAC,)
+    elif head[4:8] == b"ftyp":
+        own = (head[4:12],)
+    elif head[:4] == b"OggS":
+        others = _BEGINNINGS  # FLAC in Ogg has its own beginning in its first page
+    elif head[:1] != b"\xff" or head[1:2] < b"\xe0":  # nor MPEG
+        return None
+    return _find(recording, max(start, 16), {*own, *others} if of_any_kind else own)
+
+
+def _find(recording: Recording, start: int, signatures: Collection[bytes]) -> int | None:
+    """The first place of one of these from a byte of the file on."""
+    recording.file.seek(start)
+    tail = b""
+    while signatures and (block := recording.file.read(2**20)):
+        block = tail + block
+        if found := [at for signature in signatures if (at := block.find(signature)) >= 0]:
+            return start + min(found)
+        tail = block[-16:]
+        start += len(block) - len(tail)
+    return None
+
+
+def _after_tag(recording: Recording) -> int:
+    """Where the recording begins: behind an ID3 tag, if there is one."""
+    recording.file.seek(0)
+    head = recording.file.read(10)
+    if len(head) < 10 or head[:3] != b"ID3":
+        return 0
+    return 10 + sum((byte & 0x7F) << 7 * (3 - i) for i, byte in enumerate(head[6:]))
+
+
+def _after_flac_header(recording: Recording, position: int) -> int:
+    """Where the frames of a FLAC file begin; its metadata may hold pictures and headers of other formats."""
+    while position < recording.n_bytes:
+        recording.file.seek(position)
+        kind, *length = recording.file.read(4).ljust(4, b"\x80")
+        position += 4 + int.from_bytes(bytes(length))
+        if kind & 0x80:
+            break
+    return position
+
+
+def say_what_follows(recording: Recording) -> bool:
+    """Whether another recording begins in the file after the first; if so, say it: decoders do not."""
+    position = what_follows(recording, of_any_kind=False)
+    if position is not None:
+        share = position / recording.n_bytes
+        recording.say(f"another recording begins at {share:.0%} of the file; only what is before it was read")
+    return position is not None
 
 
 class Losses:

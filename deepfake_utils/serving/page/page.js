@@ -32,6 +32,12 @@ async function score(recording) {
   } catch (error) { fail(error); }
 }
 
+function choose(files) {
+  $("answer").hidden = true;
+  if (files.length > 1) fail(new Error(`${files.length} files at once: one recording at a time`));
+  else if (files.length) score(files[0]);
+}
+
 function show(answer) {
   const [word, kind] = WORDS[answer.verdict];
   verdictId = answer.id;
@@ -110,14 +116,14 @@ async function record() {
   say("Recording …");
 }
 
-$("file").addEventListener("change", () => $("file").files.length && score($("file").files[0]));
+$("file").addEventListener("change", () => choose($("file").files));
 $("record").addEventListener("click", record);
 $("wrong").addEventListener("click", () => open_feedback($("feedback").hidden));
 for (const name of ["dragover", "dragleave", "drop"]) {
   $("drop").addEventListener(name, (event) => {
     event.preventDefault();
     $("drop").classList.toggle("over", name === "dragover");
-    if (name === "drop" && event.dataTransfer.files.length) score(event.dataTransfer.files[0]);
+    if (name === "drop") choose(event.dataTransfer.files);
   });
 }
 $("feedback").addEventListener("submit", async (event) => {
