@@ -1,10 +1,13 @@
 """The service's memory: the same on SQLite and on a real PostgreSQL, and whole after a kill."""
 
+import os
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from threading import Barrier
@@ -81,6 +84,79 @@ def test_records_of_an_older_version_are_gone_on_with(records):
     assert {id, later} <= set(newer[2].verdicts()["id"])
     for one in newer:
         one.close()
+
+
+@pytest.fixture
+def two_users(postgres_url):
+    """Addresses of a schema for its owner, and for somebody who owns nothing there."""
+    with sa.create_engine(postgres_url).begin() as owner:
+        owner.exec_driver_sql("CREATE ROLE writer LOGIN; CREATE SCHEMA narrow; GRANT USAGE ON SCHEMA narrow TO writer")
+    there = "&options=-csearch_path%3Dnarrow"
+    yield postgres_url + there, postgres_url.replace("//tests@", "//writer:secret@") + there
+    with sa.create_engine(postgres_url).begin() as owner:
+        owner.exec_driver_sql("DROP SCHEMA narrow CASCADE; DROP ROLE writer")
+
+
+def test_a_user_who_may_not_change_tables_is_told_what_somebody_else_should_run(two_users):
+    of_owner, of_writer = two_users
+    owner = sa.create_engine(of_owner)
+
+    def run(*statements: str) -> None:
+        with owner.begin() as connection:
+            for statement in statements:
+                connection.exec_driver_sql(statement)
+
+    def advice(match: str) -> str:
+        with pytest.raises(ConfigError, match=match) as problem:
+            Records(of_writer)
+        assert "secret" not in str(problem.value)
+        return str(problem.value).partition("run, once: ")[2]
+
+    run(advice("tables are missing .*permission denied"))
+    Records(of_writer).close()
+    run(*(f"ALTER TABLE {name} OWNER TO tests" for name in ("verdicts", "feedback", "jobs")))
+    run("GRANT SELECT, INSERT, UPDATE ON ALL TABLES IN SCHEMA narrow TO writer")
+    run("ALTER TABLE verdicts DROP COLUMN embedding")
+    run(advice("without the column embedding.*must be owner"))
+    records = Records(of_writer)
+    id = records.add_verdict(**VERDICT, embedding=[1.0])
+    assert records.embeddings([id]).size == 1
+    records.close()
+    owner.dispose()
+
+
+@contextmanager
+def who_may_not_write(folder: Path):
+    """The folder as it is for somebody who may only read; root may always write, so that root is somebody else then."""
+    files = [*folder.iterdir(), folder]
+    for path in files:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    if is_root := os.geteuid() == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if is_root:
+            os.seteuid(0)
+        for path in files:
+            path.chmod(0o755)
+
+
+def test_an_sqlite_file_that_may_only_be_read():
+    """While the service runs it can be; of an older version, or as a copy of which SQLite cannot lock, that is said."""
+    with tempfile.TemporaryDirectory() as folder:  # not pytest's own, which it closes to other users
+        url = f"sqlite:///{folder}/records.sqlite"
+        running = Records(url)
+        id = running.add_verdict(**VERDICT)
+        with who_may_not_write(Path(folder)):
+            assert Records(url).verdicts()["id"].tolist() == [id]
+        with running._engine.begin() as connection:
+            connection.exec_driver_sql("ALTER TABLE verdicts DROP COLUMN embedding")
+        with who_may_not_write(Path(folder)), pytest.raises(ConfigError, match="run, once: ALTER TABLE verdicts ADD"):
+            Records(url)
+        running.close()
+        with who_may_not_write(Path(folder)), pytest.raises(ConfigError, match="copy the file"):
+            Records(url)
 
 
 def test_feedback_needs_a_verdict_and_a_truth(records):

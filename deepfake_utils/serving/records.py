@@ -94,7 +94,8 @@ class Records:
             postgresql+psycopg://user@host/database; missing tables are made.
 
     Raises:
-        ConfigError: there is no such database, or it cannot be opened.
+        ConfigError: there is no such database, it cannot be opened, or tables or columns are missing in it that this
+            user may not add; it says who may, and how.
     """
 
     def __init__(self, url: str):
@@ -109,17 +110,16 @@ class Records:
             with self._engine.begin() as connection:
                 if lock := ALONE.get(self._engine.dialect.name):
                     connection.exec_driver_sql(lock)
-                _metadata.create_all(connection)
+                _add_tables(connection)
                 _add_columns(connection)
         except ModuleNotFoundError as error:
             raise ConfigError(f"{error.name} is needed for this database: pip install {error.name}") from None
         except (sa.exc.SQLAlchemyError, OSError) as error:
             shown = sa.make_url(url).render_as_string() if "://" in url else url  # without the password
-            reason = str(getattr(error, "orig", None) or error).splitlines()[0]
-            raise ConfigError(
-                f"the database {shown} cannot be opened ({reason}): expected an address such as "
-                "sqlite:///records.sqlite or postgresql+psycopg://user@host/database"
-            ) from None
+            advice = "expected an address such as sqlite:///records.sqlite or postgresql+psycopg://user@host/database"
+            if getattr(getattr(error, "orig", None), "sqlite_errorcode", None) == sqlite3.SQLITE_READONLY:
+                advice = "SQLite writes even to read: copy the file, and what lies beside it, to where you may write"
+            raise ConfigError(f"the database {shown} cannot be opened ({_reason(error)}): {advice}") from None
 
     def close(self) -> None:
         """Let go of all connections."""
@@ -290,6 +290,20 @@ def existing_database(url: str) -> str:
     return address.set(database=str(path)).render_as_string(hide_password=False)
 
 
+def _add_tables(connection: sa.Connection) -> None:
+    try:
+        _metadata.create_all(connection)
+    except (sa.exc.OperationalError, sa.exc.ProgrammingError) as error:
+        if connection.dialect.name != "postgresql":
+            raise
+        quote, schema = connection.dialect.identifier_preparer.quote, connection.dialect.default_schema_name
+        raise ConfigError(
+            f"tables are missing in the database, and this user may not make them ({_reason(error)}): let an "
+            f"administrator run, once: GRANT CREATE, USAGE ON SCHEMA {quote(schema or 'public')} TO "
+            f"{quote(connection.engine.url.username or 'USER')}"
+        ) from None
+
+
 def _add_columns(connection: sa.Connection) -> None:
     """Give the tables of an older version the columns that they lack; all that were ever added may be null."""
     known = sa.inspect(connection)
@@ -297,7 +311,19 @@ def _add_columns(connection: sa.Connection) -> None:
         present = {column["name"] for column in known.get_columns(table.name)}
         for column in (column for column in table.columns if column.name not in present):
             written = sa.schema.CreateColumn(column).compile(dialect=connection.dialect)
-            connection.exec_driver_sql(f"ALTER TABLE {table.name} ADD COLUMN {written}")
+            statement = f"ALTER TABLE {table.name} ADD COLUMN {written}"
+            try:
+                connection.exec_driver_sql(statement)
+            except (sa.exc.OperationalError, sa.exc.ProgrammingError) as error:
+                raise ConfigError(
+                    f"the table {table.name} is that of an older version, without the column {column.name}, and this "
+                    f"user may not add it ({_reason(error)}): let the owner of the database run, once: {statement}"
+                ) from None
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what the database itself said."""
+    return str(getattr(error, "orig", None) or error).splitlines()[0]
 
 
 def _make_private(database: str) -> None:
