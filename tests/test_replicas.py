@@ -1,6 +1,7 @@
 """The service on Ray Serve under load: replicas killed and added, weights replaced, nothing accepted lost."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -163,6 +164,25 @@ def test_live_sound_gets_the_same_windows_through_the_fleet(served):
     assert verdict["score"] == pytest.approx(from_file["score"], abs=1e-3)
     assert [w["start_s"] for w in verdict["windows"]] == [w["start_s"] for w in from_file["windows"]]
     assert {verdict["id"], from_file["id"]} <= set(records.verdicts()["id"])
+
+
+def test_a_service_whose_node_dies_ends_and_says_so(tmp_path):
+    """As one that was stopped for so long that Ray gave it up: its proxy took requests that nobody answered."""
+    away = {"RAY_ADDRESS", "DATABASE_URL"}
+    command = [sys.executable, "-m", "deepfake_utils", "serve", tmp_path, "--fleet", "--port", "0"]
+    environment = {name: value for name, value in os.environ.items() if name not in away}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        url = next(line for line in process.stdout if line.startswith("http")).split()[0]
+        family = psutil.Process(process.pid).children(recursive=True)
+        next(one for one in family if one.name() == "raylet").kill()
+        _, said = process.communicate(timeout=200)
+        assert process.returncode == 2 and "the same command starts it again" in said
+        wait_until(lambda: not any(one.is_running() for one in family), 60)
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{url}/health")
+    finally:
+        process.kill()
 
 
 def test_what_one_front_accepted_others_know_when_it_is_dead(served):

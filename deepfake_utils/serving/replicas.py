@@ -17,6 +17,7 @@ import asyncio
 import os
 import signal
 import socket
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -43,6 +44,8 @@ WAIT_FOR_BATCH_S = 0.005
 MORE_AFTER_S, FEWER_AFTER_S = 10.0, 300.0  # of too much and of too little to do; replicas come sooner than they go
 MODELS_KEPT = 2  # by a judge: what is in service, and what was before
 GONE_S = 15.0  # within which a cluster notices that a process was killed
+LOOK_S = 5.0  # between looks whether the cluster still lives ...
+ANSWER_S = 30  # ... and how long it may take to say so
 RETRIES_S = (0.0, 0.2, 1.0, 3.0, 6.0, 12.0)  # waits before a window is asked for again, until a dead judge is replaced
 
 
@@ -176,7 +179,8 @@ def serve_fleet(settings: Settings, host: str, port: int) -> None:
     Where an earlier one was killed and left its replicas behind, what has changed is rolled out, replica by replica.
 
     Raises:
-        FleetError: it does not start there, it runs there already, or Ray Serve listens on another port.
+        FleetError: it does not start there, it runs there already, Ray Serve listens on another port, or the cluster
+            has died.
     """
     os.environ.setdefault(*IN_PROXIES)  # of the cluster that is made here, if none is there
     connect()
@@ -197,10 +201,29 @@ def _run(app: serve.Application, url: str) -> None:
     try:
         serve.run(app, name=NAME)
         print(f"{url}  on Ray Serve; ends with Ctrl-C", flush=True)
-        while True:
-            time.sleep(60)
+        while _is_there():
+            time.sleep(LOOK_S)
+        raise FleetError(
+            "this machine's part of the Ray cluster is dead: killed, or stopped for so long that it was given up. What "
+            "was answered or accepted is kept, the same command starts it again"
+        )
     finally:
-        serve.delete(NAME)
+        ending = threading.Thread(target=serve.delete, args=(NAME,), daemon=True)
+        ending.start()
+        while ending.is_alive() and _is_there():  # Ray waits for ever for a controller that does not come back
+            ending.join(1.0)
+
+
+def _is_there() -> bool:
+    """Whether this machine's node of the cluster lives; Ray itself goes on without a word where it does not."""
+    found, here = [], ray.get_runtime_context().get_node_id()
+    asking = threading.Thread(
+        target=lambda: found.extend(node["Alive"] for node in ray.nodes() if node["NodeID"] == here), daemon=True
+    )  # a head that ends may leave this without an answer
+    asking.start()
+    for _ in range(ANSWER_S):  # a second each, so that one who was stopped meanwhile does not take it for silence
+        asking.join(1.0)
+    return any(found)
 
 
 class Owner:
