@@ -276,6 +276,8 @@ def serve(options: argparse.Namespace) -> int:
     DEEPFAKE_TOKENS="anna=SECRET,ben=OTHER" lets in only who sends such a token. The weights of FOLDER/models are
     followed without a restart.
     """
+    if not 0 <= options.port < 2**16:
+        raise ConfigError(f"--port {options.port}: expected 1 to {2**16 - 1}, or 0 for a free one")
     try:
         if options.fleet:
             from deepfake_utils.serving.replicas import serve_fleet as run
@@ -368,6 +370,8 @@ def monitor(options: argparse.Namespace) -> int:
 
     if not 0 < options.days <= MOST_DAYS:
         raise ConfigError(f"--days {options.days:g}: expected how many days to look back, up to {MOST_DAYS:,}")
+    if not 0 < options.false_alarms < 1:
+        raise ConfigError(f"--false-alarms {options.false_alarms:g}: expected a probability between 0 and 1")
     database = existing_database(options.database)  # the notebook runs in another folder
     settings = {"days": options.days, "false_alarms": options.false_alarms}
     notebooks = options.notebooks or headless.NOTEBOOKS

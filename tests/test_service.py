@@ -154,6 +154,7 @@ def test_live_audio_gets_the_same_windows(running, recording):
         (['{"sample_rate_hz": 16000}', encoded(babble(1))], "a file began to come"),
         (['{"sample_rate_hz": 16000}', "what?"], "expected sound"),
         (['{"sample_rate_hz": 16000, "format": "float32"}', np.full(4, np.nan, "<f4").tobytes()], "NaN"),
+        (['{"sample_rate_hz": 16000, "format": "float32"}', babble(1).astype("<f4").tobytes()], "integers as floats"),
         (['{"sample_rate_hz": 16000}'], "no sound came for 1 s"),
     ],
 )  # fmt: skip
@@ -187,6 +188,44 @@ def test_the_interface_is_described_and_watched(running):
     ):
         assert f"deepfake_{name}" in metrics, name
     assert f'version="{ready["model"]}"' in metrics
+
+
+def test_addresses_answer_who_only_asks_for_the_head(running):
+    for address in ("/", "/health", "/ready", "/metrics", "/openapi.json"):
+        head, whole = running.client.head(address), running.client.get(address)
+        assert head.status_code == whole.status_code == 200 and head.content == b"", address
+        assert head.headers["content-type"] == whole.headers["content-type"]
+    assert running.raw(b"HEAD /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").endswith(b"\r\n\r\n")
+
+
+def test_an_address_that_is_not_quite_one_is_told_so(running, recording):
+    stream = running.client.get("/v1/stream")
+    assert stream.status_code == 426 and stream.headers["upgrade"] == "websocket"
+    assert '{"sample_rate_hz": 16000}' in stream.json()["detail"]
+    assert "Live sound" in running.client.get("/openapi.json").json()["paths"]["/v1/stream"]["get"]["description"]
+    slash = running.client.post("/v1/score/", content=recording)  # not a redirection, which curl takes for an answer
+    assert slash.status_code == 404 and slash.headers["content-type"] == "application/problem+json"
+
+
+@pytest.mark.parametrize(
+    "wrong, said",
+    [
+        (["--port", "65536"], "--port 65536: expected 1 to 65535"),
+        (
+            ["--host", "192.0.2.1", "--port", "0"],
+            "192.0.2.1:0 cannot be listened on (Cannot assign requested address): ",
+        ),
+    ],
+)
+def test_a_port_or_host_that_is_none_is_told_so(wrong, said, tmp_path, capsys):
+    assert main(["serve", str(tmp_path), *wrong]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_false_alarms_that_are_no_probability_are_refused_before_any_work(tmp_path, capsys):
+    where = ["--database", "sqlite:///none", "--models", str(tmp_path), "--out", str(tmp_path / "report")]
+    assert main(["monitor", *where, "--false-alarms", "2"]) == 2
+    assert "--false-alarms 2: expected a probability" in capsys.readouterr().err
 
 
 def test_nothing_on_the_page_comes_from_elsewhere(running):

@@ -16,6 +16,7 @@ from fastapi.responses import FileResponse, JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from deepfake_utils import __version__
 from deepfake_utils.conventions import DeepfakeUtilsError
@@ -144,6 +145,7 @@ def create_app(service: Service, *, runs_jobs: bool = True) -> FastAPI:
 
     app = FastAPI(
         title="Is this speech real?", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None,
+        redirect_slashes=False,  # a client that follows no redirect would take nothing for an answer
         description="Scores recordings: real speech, or made by a machine. Audio is not kept unless asked.",
     )  # fmt: skip
 
@@ -201,6 +203,10 @@ def create_app(service: Service, *, runs_jobs: bool = True) -> FastAPI:
         service.metrics.told(said.truth)
         return Recorded(id=id)
 
+    @app.get("/v1/stream", status_code=426, response_model=Problems, description=f"Live sound: {live.HOW_TO}.")
+    async def no_stream():
+        raise Problem(426, "websocket expected", live.HOW_TO)
+
     @app.websocket("/v1/stream")
     async def stream(socket: WebSocket):
         await live.hold(socket, service, lambda token: client_of(socket, token))
@@ -244,8 +250,22 @@ def create_app(service: Service, *, runs_jobs: bool = True) -> FastAPI:
         response.headers.update(HEADERS)
         return response
 
+    app.add_middleware(AsGet)
     say_no_politely(app, service)
     return app
+
+
+class AsGet:
+    """HEAD is GET for the application; the server leaves the content of the answer out."""
+
+    def __init__(self, app: ASGIApp):
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One connection."""
+        if scope.get("method") == "HEAD":
+            scope = scope | {"method": "GET"}
+        await self._app(scope, receive, send)
 
 
 def say_no_politely(app: FastAPI, service: Service) -> None:
@@ -255,8 +275,8 @@ def say_no_politely(app: FastAPI, service: Service) -> None:
         told = as_problem(error)
         if request.url.path in ("/v1/score", "/v1/jobs"):
             service.metrics.refused(told.title)
-        headers = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "2"}}.get(told.status)
-        return JSONResponse(told.body, told.status, headers, PROBLEM_TYPE)
+        headers = {401: {"WWW-Authenticate": "Bearer"}, 426: {"Upgrade": "websocket"}, 503: {"Retry-After": "2"}}
+        return JSONResponse(told.body, told.status, headers.get(told.status), PROBLEM_TYPE)
 
     async def http(request: Request, error: HTTPException) -> Response:
         advice = "" if error.status_code == 400 else "; /openapi.json lists what there is"

@@ -27,10 +27,16 @@ from deepfake_utils.serving.records import new_id
 from deepfake_utils.serving.scorer import Listening
 from deepfake_utils.serving.service import Service, window
 from deepfake_utils.waveforms.decode import MAX_RATE_HZ, MIN_RATE_HZ, from_int16
+from deepfake_utils.waveforms.mixing import refuse_impossible
 from deepfake_utils.waveforms.resample import Resampler
 
 MESSAGE_BYTES = 2**18  # of sound: 8 s of 16-bit samples at 16 kHz
 EXAMPLE = '{"sample_rate_hz": 16000}'
+HOW_TO = (
+    f"open a WebSocket here and send a hello such as {EXAMPLE}, then mono samples as binary messages (16-bit "
+    'little-endian, or float32 where the hello has "format": "float32"), at last {"end": true}; windows and then the '
+    "verdict come back"
+)
 FILES = (b"RIFF", b"fLaC", b"OggS", b"ID3", b"FORM", b"caff", b"\x1aE\xdf\xa3")  # last: WebM, as browsers record
 POLICY, NORMAL = 1008, 1000  # why a connection was closed
 
@@ -133,8 +139,7 @@ def _samples(message: bytes, format: str) -> np.ndarray:
     samples = np.frombuffer(message, dtype)
     if format == "int16":
         return from_int16(samples)
-    if not np.isfinite(samples).all():
-        raise AudioError("the samples hold NaN or infinite values")
+    refuse_impossible("the sound", samples)
     return samples
 
 

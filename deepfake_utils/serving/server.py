@@ -28,7 +28,8 @@ def serve(settings: Settings, host: str, port: int) -> None:
     try:
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
-        raise ConfigError(f"{host}:{port} cannot be listened on ({error.strerror}): name another --port") from None
+        reason = str(error.strerror).partition(" (while")[0]
+        raise ConfigError(f"{host}:{port} cannot be listened on ({reason}): name another --host or --port") from None
     with listener:
         service = Service(settings)
         port = listener.getsockname()[1]

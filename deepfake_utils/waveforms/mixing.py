@@ -40,7 +40,7 @@ class Mixer:
         Raises:
             AudioError: a sample is NaN or infinite, or far beyond full scale.
         """
-        _refuse_impossible(self._name, block)
+        refuse_impossible(self._name, block)
         if (block.shape[1], rate_hz) != self._kind:  # files may be joined
             yield from self.finish()
             self._kind = (block.shape[1], rate_hz)
@@ -80,7 +80,12 @@ class Mixer:
         return mono if self._loudest is None or self._loudest >= n_channels else block[:, self._loudest]
 
 
-def _refuse_impossible(name: str, block: np.ndarray) -> None:
+def refuse_impossible(name: str, block: np.ndarray) -> None:
+    """Refuse samples, of whatever shape, that no recording has.
+
+    Raises:
+        AudioError: some are not finite, or far beyond full scale, which is 1.
+    """
     peak = float(max(block.max(initial=0.0), -block.min(initial=0.0)))  # NaN and infinities come through
     if not math.isfinite(peak):
         raise AudioError(f"{name} holds NaN or infinite samples; it was written by a faulty process, convert it again")
