@@ -277,7 +277,7 @@ def _describe(path: Path, model: nn.Module, opset: int) -> None:
 def _name_of(model: nn.Module) -> str:
     """The name in `MODELS` of the model's configuration, or else its class."""
     for name, (_, config) in MODELS.items():
-        if json.dumps(dataclasses.asdict(config)) == json.dumps(dataclasses.asdict(model.config)):
+        if config == model.config:
             return name
     return type(model).__name__
 
