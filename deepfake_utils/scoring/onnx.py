@@ -29,6 +29,7 @@ from deepfake_utils.files import atomic_write
 from deepfake_utils.models import MODELS, fast
 from deepfake_utils.models.aasist import NodePooling
 from deepfake_utils.models.encoder import Encoder, ResidualBlock
+from deepfake_utils.models.fast.fused import SELU_ALPHA, SELU_SCALE
 from deepfake_utils.models.fast.tiling import spread
 from deepfake_utils.models.layers import CMOutput, check_waveform
 from deepfake_utils.models.lfcc import PowerSpectrum
@@ -39,8 +40,6 @@ OPSET = 17
 INPUT_NAME = "waveform"
 CODE = (resources.files(__package__) / "onnx.py", resources.files(models))  # what decides how a model is written
 LOGIT_TOLERANCE = 1e-4  # of an exported model: two orders of float32's rounding through its layers
-
-SELU_ALPHA, SELU_SCALE = 1.6732632423543772, 1.0507009873554805  # arXiv 1706.02515, appendix A1
 
 # Of an encoder in a graph: 48 take 0.84 to 0.89 of the time of one, for 1 to 16 clips of 4 s; for 16 clips 24 gain
 # nothing.
