@@ -407,6 +407,8 @@ def rollback(options: argparse.Namespace) -> int:
     """Put the weights before the present ones back into service; a running service follows."""
     from deepfake_utils.serving.versions import Versions
 
+    if not options.models.is_dir():
+        raise ConfigError(f"{options.models}: no such folder; expected that of the versions of a service's weights")
     with Versions(options.models).locked() as versions:
         print(f"{versions.roll_back()['version']} is in service again")
     return DONE

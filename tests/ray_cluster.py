@@ -20,7 +20,7 @@ def two_nodes(*, n_cores: int = 2):
         "PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1", "RAY_ADDRESS": "",
         "RAY_worker_niceness": "0",  # not 15: beside anything else on the machine, tests would wait for minutes
         IN_PROXIES[0]: IN_PROXIES[1],
-        "RAY_raylet_start_wait_time_s": "100",
+        "RAY_raylet_start_wait_time_s": "100", "RAY_worker_register_timeout_seconds": "300",
     }  # fmt: skip
     before = {name: os.environ.get(name) for name in changes}
     os.environ.update(changes)  # the nodes inherit it

@@ -92,6 +92,11 @@ def test_a_retraining_killed_again_and_again_ends_as_one_that_ran_through(place)
     assert detector.is_calibrated and len(drift.read_reference(versions.current["weights"])) > 0
 
 
+def test_a_rollback_of_nothing_leaves_nothing_behind(tmp_path, capsys):
+    assert main(["rollback", "--models", str(tmp_path / "nowhere")]) == 2
+    assert "no such folder" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
 def test_rollback_is_one_command_and_a_finished_retraining_does_not_come_back(place, capsys):
     versions = Versions(place / "models")
     assert main(["rollback", "--models", str(place / "models")]) == 0

@@ -164,6 +164,23 @@ def test_a_stream_that_is_none_is_told_so(running, messages, said):
     assert running.client.get("/health").status_code == 200
 
 
+@pytest.mark.parametrize("origin", ["https://elsewhere.example", "http://127.0.0.1:1", "null"])
+def test_pages_of_others_may_not_listen_unless_they_have_a_token(running, tmp_path, origin):
+    with connect(f"ws://127.0.0.1:{running.port}/v1/stream", origin=origin) as socket:
+        refused = json.loads(socket.recv(10))
+    assert refused["status"] == 403 and origin in refused["detail"] and "DEEPFAKE_TOKENS" in refused["detail"]
+    with connect(f"ws://127.0.0.1:{running.port}/v1/stream", origin=running.url) as socket:
+        socket.send('{"sample_rate_hz": 16000}')
+        assert json.loads(socket.recv(10))["type"] == "ready"
+    service = Service(Settings(tmp_path, tokens={"SECRET": "anna"}))
+    with (
+        TestClient(create_app(service)) as client,
+        client.websocket_connect("/v1/stream", headers={"Origin": origin}) as socket,
+    ):
+        socket.send_json({"sample_rate_hz": 16000, "token": "SECRET"})
+        assert socket.receive_json()["type"] == "ready"
+
+
 def test_a_stream_that_trickles_does_not_hold_its_place(running):
     with connect(f"ws://127.0.0.1:{running.port}/v1/stream") as socket:
         socket.send('{"sample_rate_hz": 16000}')

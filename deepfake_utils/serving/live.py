@@ -15,6 +15,7 @@ import hashlib
 import json
 import time
 from typing import Literal
+from urllib.parse import urlsplit
 
 import numpy as np
 from fastapi import WebSocket
@@ -54,6 +55,8 @@ async def hold(socket: WebSocket, service: Service, who) -> None:
     """One live stream from its hello to its verdict; `who` tells the client's name from a token."""
     await socket.accept()
     try:
+        if not service.settings.tokens:
+            _refuse_foreign_pages(socket)
         hello = _hello(await _message(socket, service.limits.idle_s, service.limits.idle_s))
         client = who(hello.token)
         with service.streams:  # no place for who has not said who it is
@@ -67,6 +70,17 @@ async def hold(socket: WebSocket, service: Service, who) -> None:
         service.metrics.refused(problem.title)
         await socket.send_json({**problem.body, "type": "problem", "problem": problem.body["type"]})
         await socket.close(POLICY, problem.title)
+
+
+def _refuse_foreign_pages(socket: WebSocket) -> None:
+    """Browsers let any page open a WebSocket to anywhere, and read what comes back, which they do not with requests."""
+    origin, host = socket.headers.get("origin"), socket.headers.get("host")
+    if origin is not None and urlsplit(origin).netloc != host:
+        raise Problem(
+            403, "foreign page",
+            f"a page of {origin[:200]} may not listen at {host}: give its users tokens (DEEPFAKE_TOKENS), or let a "
+            "proxy in between pass the header Host on as it came",
+        )  # fmt: skip
 
 
 async def _listen(socket: WebSocket, service: Service, hello: Hello, client: str) -> dict:
