@@ -14,7 +14,7 @@ import math
 import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from functools import cached_property, partial
 from importlib import resources
 from pathlib import Path
 
@@ -310,7 +310,10 @@ class OnnxScorer:
     def __init__(self, path: str | os.PathLike):
         if not Path(path).is_file():
             raise CheckpointError(f"{path}: no such ONNX file; write one with `python -m deepfake_utils export`")
-        self._path, self._content = path, Path(path).read_bytes()
+        try:
+            self._open = partial(_open_session, path, Path(path).read_bytes())
+        except OSError as error:
+            raise CheckpointError(f"{path}: not a readable ONNX model: {error}") from error
         self.metadata = dict(self._for_crops.get_modelmeta().custom_metadata_map)
         if self.metadata.get("sample_rate_hz") != str(SAMPLE_RATE_HZ) or "min_samples" not in self.metadata:
             raise CheckpointError(
@@ -337,11 +340,11 @@ class OnnxScorer:
 
     @cached_property
     def _for_crops(self):
-        return _open_session(self._path, self._content, CROP_SAMPLES)
+        return self._open(CROP_SAMPLES)
 
     @cached_property
     def _for_any_length(self):
-        return _open_session(self._path, self._content)
+        return self._open()
 
     def _run(self, waveform: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         session = self._for_crops if waveform.shape[1] == CROP_SAMPLES else self._for_any_length
@@ -446,7 +449,7 @@ def parity_report(
     batch_sizes: tuple[int, ...] = (1, 2, 5),
     tolerance: float = LOGIT_TOLERANCE,
 ) -> pd.DataFrame:
-    """Compare an exported file with its model on noise, at three lengths, that of crops among them, and batch sizes.
+    """Compare an exported file with its model on noise, at four lengths, that of crops among them, and batch sizes.
 
     Returns:
         One row a length and batch size: n_samples, batch_size, and the largest absolute difference of a logit and
@@ -458,7 +461,8 @@ def parity_report(
     scorer = OnnxScorer(path)
     model = copy.deepcopy(model).cpu().eval()
     generator = torch.Generator().manual_seed(0)
-    lengths = model.min_samples, CROP_SAMPLES, CROP_SAMPLES + model.min_samples // 3
+    between = (model.min_samples + CROP_SAMPLES) // 2 + 1
+    lengths = model.min_samples, between, CROP_SAMPLES, CROP_SAMPLES + model.min_samples // 3
     rows = []
     for n_samples in lengths:
         for batch_size in batch_sizes:
