@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from deepfake_utils.conventions import CROP_SAMPLES, CheckpointError, ConfigError
+from deepfake_utils.machine import pick_device
 from deepfake_utils.models import build_model, fast
 from deepfake_utils.models.aasist import (
     AASISTConfig,
@@ -28,6 +29,7 @@ from deepfake_utils.models.fast.fused import LaterBlockTiles
 from deepfake_utils.models.layers import CMOutput
 
 PUBLISHED = {"aasist": "AASIST", "aasist-l": "AASIST-L"}
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
 def seeded(seed=0):
@@ -62,16 +64,18 @@ def small_tiles(monkeypatch):
 # --- the published weights
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_logits_to_four_digits(name, reference_data):
+def test_published_logits_to_four_digits(name, device, reference_data):
     golden = pd.read_csv(reference_data / "published_weights" / "golden_logits.csv")
     files = {path.stem: path for path in (reference_data / "asvspoof2019_subset").rglob("*.flac")}
     clips = [soundfile.read(files[utterance], dtype="float32")[0] for utterance in golden["utterance"]]
     clips = np.stack([np.resize(clip, CROP_SAMPLES) for clip in clips])
-    model = published(name, reference_data)
+    device = pick_device(device).device  # which switches TF32 off
+    model = published(name, reference_data).to(device)
     with torch.inference_mode():
-        outputs = [model(batch) for batch in torch.from_numpy(clips).split(10)]
-    output = CMOutput(*(torch.cat(part) for part in zip(*outputs, strict=True)))
+        outputs = [model(batch.to(device)) for batch in torch.from_numpy(clips).split(10)]
+    output = CMOutput(*(torch.cat(part).cpu() for part in zip(*outputs, strict=True)))
     column = PUBLISHED[name]
     logits = golden[[f"{column}_logit_spoof", f"{column}_logit_bonafide"]].to_numpy()
     np.testing.assert_allclose(output.logits, logits, atol=1e-4, rtol=0)
@@ -564,7 +568,7 @@ def test_positions_are_distinct_and_their_products_depend_on_distance_alone():
     assert (products.diagonal(1) < products.diagonal()[1:] - 0.5).all()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@needs_gpu
 def test_gpu_equals_cpu(narrow):
     waveform = noise(3, 8000)
     cpu, gpu = copy.deepcopy(narrow), copy.deepcopy(narrow).cuda()

@@ -1,12 +1,14 @@
 """Calibrating weights on a corpus: what is fitted, that nothing of eval takes part, and that a detector takes it."""
 
 import json
+from dataclasses import replace
+from itertools import cycle
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from deepfake_utils.conventions import CheckpointError
+from deepfake_utils.conventions import BONAFIDE, SPOOF, CheckpointError
 from deepfake_utils.scoring import calibrate as calibration
 from deepfake_utils.scoring.detector import USES, Detector
 from deepfake_utils.scoring.pooling import TRIED, describe
@@ -33,7 +35,25 @@ def test_all_that_a_detector_needs_is_fitted_and_finds_what_can_be_told_apart(de
     assert rows[-1]["insert_s"] == "all" and rows[-1]["eer"] == 0 and rows[-1]["fake_found"] > 0.5
     assert rows[-1]["real_marked"] <= calibration.REAL_MARKED
     assert len(judged["dev"]) == 12 and len(spliced["dev"]) == 6
-    assert "call-centre" in calibration.summary(facts)
+    assert facts["decisions"]["verdicts"]["eval"]["real"]["called_fake"] == 0
+    assert "call-centre" in calibration.summary(facts) and "eval no use: real" in calibration.summary(facts)
+
+
+def test_verdicts_without_a_use_are_counted_by_label_and_source(loud_is_speech, protocol):  # noqa: F811
+    judged = calibration.judge_protocol(detector(), protocol)
+    levels = {BONAFIDE: [2.0, 0.5, -2.0], SPOOF: [-2.0]}  # called real, uncertain, called fake
+    given = {label: cycle(values) for label, values in levels.items()}
+    rows = [
+        (row | {"source": "one"}, (replace(windows[0], log_odds=next(given[row["label"]])),)) for row, windows in judged
+    ]
+    facts = {"pooling": {"name": "mean", "slope": 1.0, "offset": 0.0}, "uncertain_log_odds": [0.0, 1.0]}
+    found = calibration.judge_verdicts(rows, facts)
+    assert found["real"] == pytest.approx(
+        dict.fromkeys(("called_real", "uncertain", "called_fake", "worst_source"), 1 / 3)
+    )
+    assert found["fake"] == pytest.approx({"called_real": 0, "uncertain": 0, "called_fake": 1, "worst_source": 0})
+    few = [(row | {"source": str(number)}, windows) for number, (row, windows) in enumerate(rows)]
+    assert calibration.judge_verdicts(few, facts)["real"]["worst_source"] is None
 
 
 def test_eval_takes_no_part_in_what_is_fitted(loud_is_speech, protocol):  # noqa: F811

@@ -36,6 +36,7 @@ from deepfake_utils.waveforms.decode import read_audio
 REAL_MARKED = 0.05  # share of the real time of dev's splices that may be marked as fake
 RULES = ("any", "mean", "all")
 UNDECIDED = 0.1  # without a use, of real below the band and of fakes above it, on dev
+MANY = 5  # recordings of a source of which a share is told
 
 Windows = Sequence[Judged]
 
@@ -108,6 +109,7 @@ def decide(
     pooling = TRIED[tried["dev"]["together"].to_numpy().argmin()] if n_hosts else pooling
     facts |= fit_recordings(judged["dev"], pooling)
     facts["decisions"] = {"pooling_tried": {name: table.to_dict("records") for name, table in tried.items()}}
+    facts["decisions"]["verdicts"] = {name: judge_verdicts(judged[name], facts) for name in judged}
     facts["decisions"]["uses"] = {name: judge_uses(judged[name], facts) for name in judged}
     if n_hosts:
         facts["marks"] = fit_marks(spliced["dev"])
@@ -227,6 +229,27 @@ def recording_log_odds(judged: Iterable[tuple[dict, Windows]], pooling: dict) ->
     return table.assign(log_odds=pooling.get("slope", 1.0) * pooled + pooling.get("offset", 0.0))
 
 
+def judge_verdicts(judged: Iterable[tuple[dict, Windows]], facts: dict) -> dict:
+    """How often real recordings and fakes are called what, by the verdicts that are given where no use is named.
+
+    Returns:
+        "real" and "fake" -> called_real, uncertain, called_fake (fractions, sources weighed as in
+        `uses.balanced_weights`), and worst_source, the largest share of the wrong word in a source of `MANY` recordings
+        or more, None where there is none.
+    """
+    table, (low, high) = recording_log_odds(judged, facts["pooling"]), facts["uncertain_log_odds"]
+    word = np.select([table["log_odds"] < low, table["log_odds"] < high], ["called_fake", "uncertain"], "called_real")
+    weights = uses.balanced_weights(table["label"], table["source"])
+    found = {}
+    for name, label, wrong in (("real", BONAFIDE, "called_fake"), ("fake", SPOOF, "called_real")):
+        own = (table["label"] == label).to_numpy()
+        shares = {w: float(weights[own & (word == w)].sum()) for w in ("called_real", "uncertain", "called_fake")}
+        by_source = pd.Series(word[own] == wrong).groupby(table["source"][own].to_numpy()).agg(["mean", "size"])
+        worst = by_source.loc[by_source["size"] >= MANY, "mean"].max()
+        found[name] = shares | {"worst_source": None if np.isnan(worst) else float(worst)}
+    return found
+
+
 def judge_uses(judged: Iterable[tuple[dict, Windows]], facts: dict) -> dict:
     """What the thresholds of all uses cost on these recordings, see `uses.judge_threshold`."""
     table = recording_log_odds(judged, facts["pooling"])
@@ -271,6 +294,11 @@ def summary(facts: dict) -> str:
             f"{row['pooling']} " + ", ".join(f"{k} {100 * v:.1f} %" for k, v in row.items() if k != "pooling")
             for row in table
         )]  # fmt: skip
+    for split, table in facts["decisions"]["verdicts"].items():
+        for name, row in table.items():
+            shares = ", ".join(f"{w.replace('_', ' ')} {100 * row[w]:.1f} %" for w in list(row)[:3])
+            worst = "-" if row["worst_source"] is None else f"{100 * row['worst_source']:.0f} %"
+            lines.append(f"{split} no use: {name} recordings {shares}; wrong at most, of one source: {worst}")
     for split, table in facts["decisions"]["uses"].items():
         for name, row in table.items():
             lines.append(
