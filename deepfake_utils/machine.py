@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import re
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -63,7 +64,7 @@ def pick_device(request: str = "auto") -> Device:
     """
     if request == "cpu":
         return Device(torch.device("cpu"), "CPU, as asked")
-    if request != "auto" and not request.startswith("cuda"):
+    if not re.fullmatch(r"auto|cuda(:\d+)?", request):
         raise ConfigError(f"device {request!r} is unknown: expected auto, cpu, cuda or cuda:N")
     if not torch.cuda.is_available():
         if request != "auto":

@@ -1,7 +1,10 @@
 """The detector: what it looks at, when it says nothing, and that live audio and files give the same numbers."""
 
+import contextlib
 import json
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pandas as pd
@@ -344,6 +347,26 @@ def test_an_engine_with_other_numbers_is_replaced_by_pytorch():
     with pytest.warns(UserWarning, match="PyTorch scores"):
         assert torch.equal(checked(waveform).logits, level_model(waveform).logits)
     assert torch.equal(checked(waveform).logits, level_model(waveform).logits)
+    assert checked.engine.startswith("PyTorch on the CPU")
+
+
+def test_two_threads_may_bring_the_first_batch():
+    from deepfake_utils.scoring.engine import CheckedOnnx
+
+    both = threading.Barrier(2)
+
+    def wrong(waveform):
+        return CMOutput(*(value + 1 for value in level_model(waveform)))
+
+    def slow(waveform):
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(0.5)  # so that the second call comes while the first is compared
+        return level_model(waveform)
+
+    checked, waveform = CheckedOnnx(wrong, slow), torch.full((2, 100), 0.5)
+    with pytest.warns(UserWarning, match="PyTorch scores"), ThreadPoolExecutor(2) as pool:
+        for output in pool.map(checked, [waveform, waveform]):
+            assert torch.equal(output.logits, level_model(waveform).logits)
 
 
 def test_calibration_beside_weights_is_used(tmp_path):

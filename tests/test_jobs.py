@@ -13,7 +13,7 @@ import torch
 
 from deepfake_utils import corpora
 from deepfake_utils.__main__ import main
-from deepfake_utils.conventions import TrainingError
+from deepfake_utils.conventions import ConfigError, TrainingError
 from deepfake_utils.training import jobs
 from deepfake_utils.training import loop as training
 from deepfake_utils.training.jobs import fit_seeds, run_job, write_job
@@ -85,6 +85,9 @@ def test_seeds_get_the_gpus_that_this_process_may_see(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert [jobs._gpus(device) for device in ("auto", "cuda:1", "cpu")] == [["0", "1"], ["1"], []]
+    for device in ("cuda:7", "cuda:x"):
+        with pytest.raises(ConfigError, match=f"device '{device}' was asked for, but there are 2 GPUs"):
+            jobs._gpus(device)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-5af1")
     assert [jobs._gpus(device) for device in ("auto", "cuda:1", "cpu")] == [["2", "GPU-5af1"], ["GPU-5af1"], []]
 

@@ -20,6 +20,8 @@ def test_cpu_is_chosen_with_a_reason_where_there_is_no_gpu(monkeypatch):
         machine.pick_device("cuda")
     with pytest.raises(ConfigError, match="expected auto, cpu"):
         machine.pick_device("gpu")
+    with pytest.raises(ConfigError, match="device 'cuda:x' is unknown"):
+        machine.pick_device("cuda:x")
 
 
 def test_a_p100_that_claims_to_be_available_is_refused_in_words(monkeypatch):

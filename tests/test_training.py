@@ -26,7 +26,7 @@ from deepfake_utils.training import loop as training
 from deepfake_utils.training import memory, plan, prepare
 from deepfake_utils.training.config import RECIPES, TrainingConfig
 from deepfake_utils.training.loop import fit
-from deepfake_utils.training.resume import fingerprint, load_training_state, take_over
+from deepfake_utils.training.resume import fingerprint, load_training_state, take_over, with_own_kernels
 from deepfake_utils.training.run import Pace
 from deepfake_utils.training.sampling import source_weights
 from deepfake_utils.training.schedule import SharpnessAware, learning_rate, reestimate_batch_norm
@@ -241,6 +241,70 @@ def test_stopped_anywhere_and_however_a_run_ends_with_the_same_files(corpus, tmp
     assert [name for name in whole if whole[name] != parts[name]] == []
 
 
+def test_ctrl_c_twice_within_a_step_keeps_the_last_whole_checkpoint(corpus, tmp_path, monkeypatch):
+    whole, _ = run(corpus, tmp_path / "whole", epochs=2)
+    steps, said = [], []
+
+    def half_a_step(active, batch):
+        loss = take_step(active, batch)
+        steps.append(loss)
+        if len(steps) == 2:
+            for _ in range(2):
+                signal.raise_signal(signal.SIGINT)
+        return loss
+
+    take_step = training.take_step
+    monkeypatch.setattr(training, "take_step", half_a_step)
+    with pytest.raises(KeyboardInterrupt):
+        fit(*corpus, tmp_path / "parts", tiny_config(epochs=2), device="cpu", say=said.append)
+    assert "interrupted within a step" in said[-1]
+    assert load_training_state(tmp_path / "parts" / "checkpoint.pt")["state"]["step"] == 0
+    parts, _ = run(corpus, tmp_path / "parts", epochs=2)
+    assert parts.history["train_loss"].tolist() == whole.history["train_loss"].tolist()
+
+
+def test_a_slow_first_step_does_not_use_up_the_time_budget(corpus, tmp_path, monkeypatch):
+    def slow_at_first(active, batch):
+        if not active.steps_done:
+            time.sleep(3)  # as allocating, tuning and loading kernels may
+        return take_step(active, batch)
+
+    take_step = training.take_step
+    monkeypatch.setattr(training, "take_step", slow_at_first)
+    monkeypatch.setattr("deepfake_utils.training.run.SCORING_SHARE", 40.0)  # as for a dev split of thousands
+    result, _ = run(corpus, tmp_path, epochs=2, time_budget_s=100.0)
+    assert result.stopped == "all epochs done"
+
+
+def test_starting_anew_leaves_nothing_of_the_run_before(corpus, tmp_path):
+    run(corpus, tmp_path, epochs=1)
+    assert (tmp_path / "best.safetensors").is_file()
+
+    def stop(active, batch):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "take_step", stop)
+        fit(*corpus, tmp_path, tiny_config(epochs=1, seed=7), device="cpu", resume=False, say=str)
+    left = {path.name for path in tmp_path.iterdir() if path.is_file()}
+    assert not left & {"best.safetensors", "best.json", "dev_scores.csv", "history.csv"}
+    assert load_training_state(tmp_path / "checkpoint.pt")["wish"]["seed"] == 7
+
+
+def test_an_optimiser_from_another_device_keeps_to_its_own_kernels():
+    """A run begun on a CPU (not fused) goes on under a loss scaler, whose optimiser is fused."""
+    weight = torch.nn.Parameter(torch.ones(2))
+    begun, going_on = torch.optim.Adam([weight], fused=False), torch.optim.Adam([weight], fused=True)
+    weight.sum().backward()
+    begun.step()
+    going_on.load_state_dict(with_own_kernels(begun.state_dict(), going_on))
+    assert going_on.param_groups[0]["fused"] is True and going_on.state[weight]["step"].item() == 1
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(weight.square().sum()).backward()
+    scaler.step(going_on)
+    assert going_on.state[weight]["step"].item() == 2
+
+
 def test_ctrl_c_leaves_a_usable_checkpoint_and_says_how_to_go_on(corpus, tmp_path):
     child = start_child(corpus, tmp_path / "run")
     wait_for((tmp_path / "run" / "history.csv").is_file, child)
@@ -429,7 +493,7 @@ def test_sharpness_aware_step_on_a_parabola():
     """f(w) = w^2 at w = 1, rho = 0.1: the gradient is taken at 1.1, so SGD with rate 0.5 lands on 1 - 0.5 * 2.2."""
     weight = torch.nn.Parameter(torch.tensor([1.0]))
     optimizer = torch.optim.SGD([weight], lr=0.5)
-    sam = SharpnessAware(optimizer, rho=0.1)
+    sam = SharpnessAware(optimizer, torch.nn.Identity(), rho=0.1)
     (weight**2).sum().backward()
     sam.climb()
     assert weight.item() == pytest.approx(1.1)
@@ -439,10 +503,24 @@ def test_sharpness_aware_step_on_a_parabola():
     assert weight.item() == pytest.approx(1 - 0.5 * 2.2)
 
 
+def test_sharpness_aware_step_leaves_running_statistics_of_the_climb_out():
+    norm = torch.nn.BatchNorm1d(1)
+    sam = SharpnessAware(torch.optim.SGD(norm.parameters(), lr=0.5), norm, rho=0.1)
+    batch = torch.tensor([[1.0], [3.0]])
+    norm(batch).square().sum().backward()
+    after_one = norm.running_mean.clone()
+    sam.climb()
+    norm(batch + 5).square().sum().backward()
+    sam.descend()
+    assert torch.equal(norm.running_mean, after_one) and after_one.item() == pytest.approx(0.2)
+    norm(batch)
+    assert norm.running_mean.item() == pytest.approx(0.9 * 0.2 + 0.1 * 2.0), "afterwards they move again"
+
+
 def test_sharpness_aware_step_survives_an_overflow():
     """A float16 gradient that overflowed: the scaler skips the step, so the weights must come back as they were."""
     weights = [torch.nn.Parameter(torch.tensor([1.0, 2.0])), torch.nn.Parameter(torch.tensor([3.0]))]
-    sam = SharpnessAware(torch.optim.SGD(weights, lr=0.5), rho=0.1)
+    sam = SharpnessAware(torch.optim.SGD(weights, lr=0.5), torch.nn.Identity(), rho=0.1)
     weights[0].grad, weights[1].grad = torch.tensor([float("inf"), 1.0]), torch.tensor([float("nan")])
     sam.climb()
     sam.descend()
@@ -569,6 +647,8 @@ def test_plans_keep_the_recipe_when_it_fits_and_say_what_they_give_up(monkeypatc
         assert made.config.epochs == "auto" and f"about {epochs} epochs" in made.why[1]
         assert made.config.time_budget_s == pytest.approx(budget_s - 50 / 15), "eval is scored in the rest"
 
+    made = plan.plan_run(TrainingConfig(epochs="auto", time_budget_s=10_000.0), 100, 50, 50, 10_000.0, cpu)
+    assert made.config.epochs == "auto" and f"{plan.LONGEST_SHORT_RUN} epochs" in made.why[0]
     made = plan.plan_run(TrainingConfig(), 100, 50, 50, 40.0, cpu)
     assert made.config.model == "lfcc-lcnn" and "lfcc-lcnn" in made.why[1]
     for name in ("rawnet2", "aasist"):
@@ -704,6 +784,12 @@ def test_an_automatic_batch_is_that_of_all_processes(monkeypatch):
     settled = prepare._settle(None, TrainingConfig(batch_size="auto"), 1000, torch.device("cpu"), FLOAT32, world, str)
     assert settled.batch_size == 16, "two processes share the memory of one machine: 8 each"
     assert settled.learning_rate == pytest.approx(1e-4 * np.sqrt(16 / 24))
+    monkeypatch.setattr(prepare, "automatic_batch_size", lambda *a: 192)
+    wish = (None, TrainingConfig(batch_size="auto"), 10_000, torch.device("cpu"), FLOAT32)
+    assert prepare._settle(*wish, world, str).batch_size == 192, "eight times the recipe's, however many share it"
+    world.size = 3
+    with pytest.raises(TrainingError, match="2 utterances cannot be divided among 3 processes"):
+        prepare._settle(None, TrainingConfig(batch_size=2), *wish[2:], world, str)
 
 
 def test_epochs_by_the_time_there_is_are_a_run_that_can_be_repeated(corpus, tmp_path, monkeypatch):

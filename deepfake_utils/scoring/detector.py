@@ -61,7 +61,7 @@ class Detector:
         model: maps (B, 64600) waveforms to a `CMOutput`.
         facts: what is known of the weights: model, calibration, thresholds, where they were trained.
         use, costs: what verdicts are for, one of `USES`, or "no particular use"; and the prior and costs it assumes.
-        engine: what computes, and why it was chosen.
+        engine: what computes, and why it was chosen; it may change with the first batch, see `CheckedOnnx`.
         warnings: what speaks against believing any verdict of these weights.
         whole: whether recordings are looked at as a whole.
         threshold, uncertain: log-odds from which on a recording passes as real, and (low, high) between which the
@@ -72,7 +72,7 @@ class Detector:
         self, model: Callable, facts: dict, *, use: str | Use | None, device: torch.device, engine: str,
         whole: bool = True,
     ):  # fmt: skip
-        self.model, self.facts, self.device, self.engine, self.whole = model, facts, device, engine, whole
+        self.model, self.facts, self.device, self.whole, self._engine = model, facts, device, whole, engine
         self.use, self.costs = _named_use(use)
         self._calibration = facts.get("calibration")
         self.threshold = float(facts.get("thresholds", {}).get(self.use, threshold_for(self.costs)))
@@ -82,6 +82,11 @@ class Detector:
         self._pooling, self._marks = facts.get("pooling", MEAN), {"below": self.uncertain[0]} | facts.get("marks", {})
         self.score_meaning = LOG_ODDS if self._calibration else facts["score"]
         self.warnings = _warnings(facts, whole, self.use)
+
+    @property
+    def engine(self) -> str:
+        """What computes; of an engine that gave way to another, the one at work."""
+        return getattr(self.model, "engine", self._engine)
 
     @classmethod
     def load(
@@ -244,7 +249,7 @@ class Detector:
         duration_s = cutter.n_samples / SAMPLE_RATE_HZ
         verdict = Verdict(
             path, "no verdict", "", None, self.score_meaning, None, None, self.costs.p_spoof, self.use,
-            self.threshold, cutter.speech_s, duration_s, cutter.judged_s / duration_s if duration_s else 0.0,
+            self.threshold, cutter.speech_s, duration_s, min(1.0, cutter.judged_s / duration_s) if duration_s else 0.0,
             tuple(windows), (*notes, *self.warnings), self.engine,
         )  # fmt: skip
         if not windows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -22,21 +23,30 @@ from deepfake_utils.scoring.weights import load_model, score_kind
 
 
 class CheckedOnnx:
-    """An exported model, compared with PyTorch on the first batch it meets and replaced by it if they differ."""
+    """An exported model, compared with PyTorch on the first batch it meets and replaced by it if they differ.
+
+    Attributes:
+        engine: what computes, in words.
+    """
 
     def __init__(self, scorer: Callable, model: nn.Module):
-        self._scorer, self._model = scorer, model
+        self._scorer, self._model, self._checking = scorer, model, threading.Lock()
+        self.engine = "ONNX Runtime on the CPU"
 
     def __call__(self, waveform: torch.Tensor) -> CMOutput:
         """(B, T) waveforms -> logits and embedding."""
-        if self._model is not None:
-            try:
-                check_parity(self._scorer, self._model, waveform)
-            except CheckpointError as problem:
-                warnings.warn(f"{problem}: PyTorch scores", stacklevel=2)
-                self._scorer = self._model
-            self._model = None
+        with self._checking:  # several threads may bring a first batch
+            if self._model is not None:
+                self._check(waveform)
         return self._scorer(waveform)
+
+    def _check(self, waveform: torch.Tensor) -> None:
+        try:
+            check_parity(self._scorer, self._model, waveform)
+        except CheckpointError as problem:
+            warnings.warn(f"{problem}: PyTorch scores", stacklevel=3)
+            self._scorer, self.engine = self._model, "PyTorch on the CPU (ONNX Runtime's numbers were others)"
+        self._model = None
 
 
 def pick_engine(path: Path, name: str | None, device: str) -> tuple[Callable, torch.device, str, dict]:
@@ -59,7 +69,8 @@ def pick_engine(path: Path, name: str | None, device: str) -> tuple[Callable, to
         scorer = cached_scorer(model, cache_folder())
     except (CheckpointError, ConfigError, OSError) as problem:
         return model, torch_device, f"PyTorch on the CPU (no ONNX Runtime: {problem})", facts
-    return CheckedOnnx(scorer, model), torch_device, "ONNX Runtime on the CPU", facts
+    checked = CheckedOnnx(scorer, model)
+    return checked, torch_device, checked.engine, facts
 
 
 def time_window(model: Callable, device: torch.device | str = "cpu", n: int = 10) -> float:

@@ -7,10 +7,11 @@ import threading
 
 
 class Interrupts:
-    """Ctrl-C (and a polite kill) raises KeyboardInterrupt, but never inside a `held` block."""
+    """Ctrl-C (and a polite kill) raises KeyboardInterrupt, and inside a `held` block only if it comes twice."""
 
     def __init__(self) -> None:
         self._holding = self._wanted = False
+        self.torn = False  # whether a second Ctrl-C ended a `held` block before its end
         self._previous: dict = {}
 
     def __enter__(self) -> Interrupts:
@@ -42,6 +43,7 @@ class _Held:
 
     def __exit__(self, kind, *_: object) -> None:
         self.interrupts._holding = False
+        self.interrupts.torn |= kind is not None and issubclass(kind, KeyboardInterrupt)
         if self.interrupts._wanted and kind is None:
             self.interrupts._wanted = False
             raise KeyboardInterrupt

@@ -18,7 +18,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from deepfake_utils.conventions import TrainingError
+from deepfake_utils.conventions import ConfigError, TrainingError
 from deepfake_utils.files import atomic_write
 from deepfake_utils.training.config import TrainingConfig
 from deepfake_utils.training.loop import FitResult, fit
@@ -140,7 +140,11 @@ def _gpus(device: str) -> list[str]:
     visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     names = visible[:n_gpus] or [str(index) for index in range(n_gpus)]
     _, colon, index = device.partition(":")
-    return [names[int(index)]] if colon else names
+    if not colon:
+        return names
+    if not index.isdecimal() or int(index) >= len(names):
+        raise ConfigError(f"device {device!r} was asked for, but there are {len(names)} GPUs, from cuda:0")
+    return [names[int(index)]]
 
 
 def _start(folder: Path, gpu: str, device: str) -> subprocess.Popen:

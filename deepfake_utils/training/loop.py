@@ -120,6 +120,8 @@ def fit(
             waveforms_dir=Path(waveforms_dir or folder.parent / "waveforms"),
         )  # fmt: skip
         if saved is None:
+            if not resume and world.is_main:
+                going_on.remove_results(folder)
             if config.epochs == "auto":
                 _settle_epochs(run)
             _say_settled(run)
@@ -127,6 +129,9 @@ def fit(
         try:
             reason = _train(run, interrupts, on_epoch)
         except KeyboardInterrupt:
+            if interrupts.torn:  # half a step is in the weights: what is on the disk is whole
+                say("interrupted within a step: continue with the same call, from the last checkpoint")
+                raise
             _save(run)
             say(f"interrupted: continue with the same call, from epoch {run.state.epoch + 1}, step {run.state.step}")
             raise
@@ -135,10 +140,19 @@ def fit(
 
 
 def _train(run: Run, interrupts: Interrupts, on_epoch) -> str:
-    """Epoch after epoch: take its steps, score dev, keep the best, write everything down. Returns why it ended."""
-    config, state, pace = run.config, run.state, run.pace
+    """All epochs that are left; returns why training ended."""
     keep_freed_memory()
     tensorboard = open_tensorboard(run.folder, run.say) if run.world.is_main else None
+    try:
+        return _train_epochs(run, interrupts, on_epoch, tensorboard)
+    finally:
+        if tensorboard is not None:
+            tensorboard.close()
+
+
+def _train_epochs(run: Run, interrupts: Interrupts, on_epoch, tensorboard) -> str:
+    """Epoch after epoch: take its steps, score dev, keep the best, write everything down. Returns why it ended."""
+    config, state, pace = run.config, run.state, run.pace
     steps_between_reads, out_of_time = STEPS_BETWEEN_READS.get(run.device.type, 1), False
     projected_at = min(1 + READS_BEFORE_PROJECTION * steps_between_reads, run.steps_per_epoch)
     while not (reason := going_on.end_reason(config, state)) and not out_of_time:
@@ -176,8 +190,6 @@ def _train(run: Run, interrupts: Interrupts, on_epoch) -> str:
             _save(run)
         if on_epoch is not None and run.world.is_main:
             on_epoch(pd.DataFrame(state.history))
-    if tensorboard is not None:
-        tensorboard.close()
     return reason or OUT_OF_TIME
 
 
@@ -281,7 +293,8 @@ def _save(run: Run) -> None:
 def is_out_of_time(run: Run) -> bool:
     """Whether the rest of the budget is needed to score dev and save."""
     budget_s = run.config.time_budget_s
-    return bool(budget_s) and bool(run.world.broadcast(run.elapsed_s + 1.5 * run.dev_s > budget_s))
+    reserve_s = 1.5 * run.dev_s if run.pace.n_steps > 1 else 0.0  # the first step says little about what follows
+    return bool(budget_s) and bool(run.world.broadcast(run.elapsed_s + reserve_s > budget_s))
 
 
 def _say_projection(run: Run) -> None:

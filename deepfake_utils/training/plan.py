@@ -95,7 +95,7 @@ def _usual_time(action: Callable[[], object], device: torch.device, repeats: int
         started = time.perf_counter()
         action()
         if device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(device)
         times.append(time.perf_counter() - started)
     return statistics.median(times[1:] or times)  # the first allocates and tunes
 
@@ -136,8 +136,9 @@ def plan_run(
         return Plan(config, n_train, n_dev, n_eval, why)
     started = time.monotonic()
     cost = _cost_of(config, device)
-    total_s = config.epochs * cost.epoch_s(n_train, n_dev) + n_eval * cost.score_s
-    wish = f"{config.model}, {config.epochs} epochs, {config.crop_samples / SAMPLE_RATE_HZ:.1f} s crops"
+    epochs = LONGEST_SHORT_RUN if config.epochs == "auto" else config.epochs
+    total_s = epochs * cost.epoch_s(n_train, n_dev) + n_eval * cost.score_s
+    wish = f"{config.model}, {epochs} epochs, {config.crop_samples / SAMPLE_RATE_HZ:.1f} s crops"
     if total_s <= PLANNED_SHARE * budget_s:
         why = [f"The recipe ({wish}) takes about {in_words(total_s)} here and fits the {in_words(budget_s)} there are."]
         return Plan(_within(config, started, budget_s - n_eval * cost.score_s), n_train, n_dev, n_eval, why)

@@ -22,7 +22,7 @@ from deepfake_utils.models.sinc import SincFilters
 from deepfake_utils.models.spectrogram import SpectrogramResNet
 from deepfake_utils.scoring.weights import ScoredByLoss, embedding_dim, load_model
 from deepfake_utils.training.config import TrainingConfig
-from deepfake_utils.training.memory import automatic_batch_size
+from deepfake_utils.training.memory import LARGEST_BATCH_RATIO, automatic_batch_size
 from deepfake_utils.training.parallel import World
 from deepfake_utils.training.plan import LONGEST_SHORT_RUN
 from deepfake_utils.training.resume import CHECKPOINT, restore, settled_config
@@ -98,7 +98,7 @@ def open_run(
         model=model, parallel=model, criterion=criterion, teachers=teachers, optimizer=optimizer,
         scaler=torch.amp.GradScaler(device.type, enabled=precision.needs_scaler),
         average=build_average(model, settled),
-        sam=SharpnessAware(optimizer, settled.sam_rho) if settled.sam_rho else None,
+        sam=SharpnessAware(optimizer, model, settled.sam_rho) if settled.sam_rho else None,
         state=State(fine_tuned=fine_tuned), pace=Pace(started),
     )  # fmt: skip
     if saved is not None:
@@ -183,12 +183,17 @@ def _settle(model, config: TrainingConfig, n_train: int, device, precision, worl
     if config.batch_size == "auto":
         sharing = world.local_size if device.type == "cpu" else 1
         own = automatic_batch_size(model, config, device, precision, say, sharing)
-        size = min(world.size * world.smallest(own), n_train)
+        size = min(world.size * world.smallest(own), LARGEST_BATCH_RATIO * TrainingConfig().batch_size, n_train)
         scale = math.sqrt(size / TrainingConfig().batch_size)  # Adam's rule: Malladi et al. 2022, arXiv 2205.10287
         highest = config.learning_rate * scale
         rates = {"learning_rate": highest, "learning_rate_min": min(config.learning_rate_min, highest)}
         say(f"rate:      times {scale:.2f}, the square root of {size}/{TrainingConfig().batch_size} utterances")
     else:
         size = min(config.batch_size, n_train)
+    if size < world.size:
+        raise TrainingError(
+            f"a batch of {size} utterances cannot be divided among {world.size} processes: raise batch_size, or start "
+            "fewer of them"
+        )
     epochs = LONGEST_SHORT_RUN if config.epochs == "auto" else config.epochs
     return config.replace(batch_size=size, epochs=epochs, **rates)

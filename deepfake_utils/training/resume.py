@@ -136,7 +136,7 @@ def restore(run: Run, saved: dict) -> None:
     """Put a run where `snapshot` found it."""
     run.model.load_state_dict(saved["model"])
     run.criterion.load_state_dict(saved["criterion"])
-    run.optimizer.load_state_dict(saved["optimizer"])
+    run.optimizer.load_state_dict(with_own_kernels(saved["optimizer"], run.optimizer))
     if saved["scaler"]:  # empty where the run began in another precision
         run.scaler.load_state_dict(saved["scaler"])
     if run.average is not None:
@@ -148,8 +148,27 @@ def restore(run: Run, saved: dict) -> None:
     if run.device.type == "cuda" and saved["rng_cuda"] is not None:
         torch.cuda.set_rng_state(saved["rng_cuda"], run.device)
     run.state = State(**saved["state"])
+    if run.world.size > 1:  # their parts of a batch differ in size, and so would the numbers of forward passes
+        run.state.micro_batches = 1
     if run.world.rank:  # the state above is the first process's: dropout must differ
         seed_everything(run.config.seed + run.world.rank + run.state.epoch * run.world.size)
+
+
+def with_own_kernels(saved: dict, optimizer: torch.optim.Optimizer) -> dict:
+    """The state of an optimiser for one that may be on another device, which keeps its own choice of kernels.
+
+    A group's `fused` would otherwise come along, and a loss scaler refuses the optimiser of a run begun on a CPU.
+    """
+    pairs = zip(saved["param_groups"], optimizer.param_groups, strict=True)
+    return saved | {"param_groups": [group | {"fused": own.get("fused")} for group, own in pairs]}
+
+
+def remove_results(folder: Path) -> None:
+    """Remove what an earlier run left, so that nothing of it can be taken for the new one's; but for its checkpoint,
+    which the new one's replaces."""
+    for name in (*BEST_FILES, "history.csv"):
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / "tensorboard", ignore_errors=True)
 
 
 def save_checkpoint(run: Run) -> None:

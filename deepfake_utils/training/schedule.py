@@ -83,7 +83,7 @@ def reestimate_batch_norm(
         model: averaged model; its batch-norm buffers are replaced, its mode is kept.
         waveforms: called once, gives an iterable of (B, T) batches.
     """
-    layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    layers = _batch_norms(model)
     momenta = [layer.momentum for layer in layers]
     was_training = model.training
     for layer in layers:
@@ -97,6 +97,10 @@ def reestimate_batch_norm(
         layer.momentum = momentum
 
 
+def _batch_norms(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+
+
 class SharpnessAware:
     """The two-pass step of sharpness-aware minimisation around any optimiser.
 
@@ -104,9 +108,10 @@ class SharpnessAware:
     Source: Foret et al. 2021, equation 2 and algorithm 1.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, rho: float) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module, rho: float) -> None:
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.rho = rho
+        self._norms = [(layer, layer.momentum) for layer in _batch_norms(model)]
         self._climb: list[torch.Tensor | None] = []
 
     @torch.no_grad()
@@ -122,6 +127,8 @@ class SharpnessAware:
             if offset is not None:
                 parameter.add_(offset)
                 parameter.grad = None
+        for layer, _ in self._norms:  # running statistics are those of the weights here, not at the top
+            layer.momentum = 0.0
 
     @torch.no_grad()
     def descend(self) -> None:
@@ -129,4 +136,6 @@ class SharpnessAware:
         for parameter, offset in zip(self.parameters, self._climb, strict=True):
             if offset is not None:
                 parameter.sub_(offset)
+        for layer, momentum in self._norms:
+            layer.momentum = momentum
         self._climb = []

@@ -32,6 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from deepfake_utils.conventions import CROP_SAMPLES
+from deepfake_utils.machine import pick_device
 from deepfake_utils.models import PUBLISHED_NAMES, build_model, fast
 from deepfake_utils.scoring.onnx import OnnxScorer, export_onnx
 from deepfake_utils.waveforms.decode import fit_length, read_audio
@@ -50,6 +51,7 @@ def main() -> int:
     options = parse()
     torch.manual_seed(0)
     torch.set_num_threads(options.threads)
+    pick_device(options.device)  # which keeps float32 from being rounded to TF32
     print(describe_machine(options))
     refused = False
     for name in options.models:
@@ -79,7 +81,11 @@ def parse() -> argparse.Namespace:
 
 
 def describe_machine(options: argparse.Namespace) -> str:
-    device = torch.cuda.get_device_name() if options.device.startswith("cuda") else f"CPU, {options.threads} threads"
+    device = (
+        torch.cuda.get_device_name(options.device)
+        if options.device.startswith("cuda")
+        else f"CPU, {options.threads} threads"
+    )
     return f"{device}; torch {torch.__version__}; {options.turns} turns"
 
 
@@ -266,7 +272,7 @@ def take_turns(contenders: dict[str, Callable[[], None]], waveform: Tensor, turn
 
 def synchronise(waveform: Tensor) -> None:
     if waveform.is_cuda:
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(waveform.device)
 
 
 def print_ratios(what: str, seconds: dict[str, list[float]], batch_size: int) -> None:
@@ -305,13 +311,14 @@ def step_memory(pair: Pair, model: nn.Module, waveform: Tensor, precision: str) 
             return F.cross_entropy(probe.logits_of(model, waveform).float(), targets(waveform))
 
     if waveform.is_cuda:
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
+        device = waveform.device
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
         loss = forward()
-        kept = torch.cuda.memory_allocated() - before
+        kept = torch.cuda.memory_allocated(device) - before
         loss.backward()
-        return kept, torch.cuda.max_memory_allocated() - before
+        return kept, torch.cuda.max_memory_allocated(device) - before
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the profiler sees the allocations of one thread
