@@ -238,5 +238,15 @@ def main(arguments: list[str] | None = None) -> int:
         return INTERRUPTED
 
 
+def run() -> None:
+    """The program: `main`, and after Ctrl-C an end that waits for no thread which reads a pipe."""
+    code = main()
+    if code == INTERRUPTED:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

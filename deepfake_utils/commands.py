@@ -8,17 +8,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import closing, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 from tqdm.auto import tqdm
 
 from deepfake_utils.conventions import LABEL_NAMES, AudioError, ConfigError
-from deepfake_utils.files import atomic_write
+from deepfake_utils.files import atomic_write, refuse_no_file, refuse_overwriting
 
 DONE, SOME_UNREADABLE = 0, 1
 MOST_DAYS = 36_500  # that a report looks back
@@ -114,12 +116,13 @@ def reference(options: argparse.Namespace) -> int:
     """Measure recordings of the dev split and keep the figures beside weights: what `monitor` tells drift by."""
     from deepfake_utils import corpora
     from deepfake_utils.scoring.detector import Detector
-    from deepfake_utils.scoring.weights import weights_file
+    from deepfake_utils.scoring.weights import refuse_shipped_name, weights_file
 
     try:
         from deepfake_utils.serving import drift
     except ModuleNotFoundError as error:
         raise ConfigError(f"{error.name} is missing: pip install 'deepfake-utils[serve]'") from None
+    refuse_shipped_name(options.weights)
     corpus = corpora.find_corpora(options.data)[0]
     measured = drift.make_reference(Detector.load(options.weights), corpus.protocol("dev"), n=options.most)
     path = drift.write_reference(
@@ -147,12 +150,19 @@ def parse_setting(text: str) -> tuple[str, object]:
 def export(options: argparse.Namespace) -> int:
     """Write a countermeasure as ONNX and compare it with PyTorch; or fitted to a kind of machine, with a card."""
     from deepfake_utils.scoring.onnx import export_onnx, parity_report
+    from deepfake_utils.scoring.targets import refuse_companion_of_others, write_companion
     from deepfake_utils.scoring.weights import load_model
 
     if options.target:
         return export_target(options)
+    if options.data:
+        raise ConfigError("--data goes with --target: a plain export needs no corpus")
+    if options.weights:
+        refuse_companion_of_others(options.out, options.weights)
     model = load_model(options.model, weights=options.weights)
     export_onnx(model, options.out)
+    if options.weights:
+        write_companion(options.out, options.weights)
     print(parity_report(options.out, model))
     return DONE
 
@@ -187,7 +197,8 @@ def score(options: argparse.Namespace) -> int:
     """Say of each recording whether its speech is real or machine-made (fake), as far as the weights can tell.
 
     The whole of every recording is looked at, in windows of 4 seconds wherever there is speech; without speech there is
-    no verdict. What is written to files is there whatever ends the run.
+    no verdict. What is written to files is there whatever ends the run; where it is killed without a warning (kill -9,
+    a power cut), in a hidden file that ends in .part.
     """
     from deepfake_utils.scoring.detector import Detector
     from deepfake_utils.scoring.outputs import Outputs
@@ -202,6 +213,7 @@ def score(options: argparse.Namespace) -> int:
         raise ConfigError("--model goes with --weights; an ONNX file needs no model name")
     targets = {"csv_path": options.csv, "json_path": options.json}
     targets |= {"timeline_path": options.timeline, "scores_path": options.out}
+    refuse_overwriting([*files, options.onnx or options.weights or "-"], targets.values())
     draw = None
     if options.pictures:
         try:
@@ -210,7 +222,7 @@ def score(options: argparse.Namespace) -> int:
             raise ConfigError("--pictures needs Matplotlib: pip install 'deepfake-utils[plots]'") from None
         draw = timeline_pictures(options.pictures, len(files))
     counts = Counter()
-    with Outputs(len(files), **targets) as outputs:
+    with ended_as_by_ctrl_c(), Outputs(len(files), **targets) as outputs:
         detector = Detector.load(
             options.onnx or options.weights, model=options.model, use=options.use, device=options.device,
             whole=not options.first_window,
@@ -232,7 +244,29 @@ def score(options: argparse.Namespace) -> int:
             if len(files) > 1:
                 found = ", ".join(f"{n:,} {word}" for word, n in counts.most_common()) or "none"
                 print(f"{counts.total():,} of {len(files):,} recordings looked at: {found}", file=sys.stderr)
+            if options.out and (n_left := counts["no verdict"] + counts["unreadable"]):
+                hint = "" if options.first_window else " (--first-window gives one to all that can be read)"
+                print(f"note: {n_left:,} recordings without a score are not in {options.out}{hint}", file=sys.stderr)
     return SOME_UNREADABLE if counts["unreadable"] else DONE
+
+
+@contextmanager
+def ended_as_by_ctrl_c() -> Iterator[None]:
+    """A polite kill and a closed terminal end the block as Ctrl-C does, so that files are put in their place."""
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) == signal.SIG_DFL:  # under nohup a closed terminal is ignored
+                before[number] = signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def bar_of_seconds(files: Sequence[Path]) -> tqdm:
@@ -309,6 +343,9 @@ def evaluate(options: argparse.Namespace) -> int:
     from deepfake_utils.evaluation import scorefile
     from deepfake_utils.protocols import read_keys
 
+    refuse_overwriting([options.scores, options.protocol], [options.json, options.html])
+    for output in filter(None, (options.json, options.html)):
+        refuse_no_file(output)
     scores = scorefile.read_scores(options.scores, options.higher_is, one_is=options.one_is)
     protocol = read_keys(options.protocol, one_is=options.one_is)
     with warnings.catch_warnings(record=True):  # printed below, from the result
@@ -319,14 +356,15 @@ def evaluate(options: argparse.Namespace) -> int:
         )  # fmt: skip
     for note in result.warnings:  # first: a turned direction makes nonsense of all that follows
         print(f"note: {note}", file=sys.stderr, flush=True)
-    print(table(result))
-    if options.json:
+    if options.json and str(options.json) != "-":
         with atomic_write(options.json) as part:
             part.write_text(json.dumps(result.to_dict(), indent=2, allow_nan=False) + "\n")
     if options.html:
         from deepfake_utils.report import page as report
 
         report.write_html(options.html, result, options.asv_scores)
+    in_json = json.dumps(result.to_dict(), indent=2, allow_nan=False) if str(options.json) == "-" else None
+    print(in_json or table(result))  # last: a reader that has seen enough, as `head`, ends the command
     return DONE
 
 
@@ -372,6 +410,7 @@ def monitor(options: argparse.Namespace) -> int:
         raise ConfigError(f"--days {options.days:g}: expected how many days to look back, up to {MOST_DAYS:,}")
     if not 0 < options.false_alarms < 1:
         raise ConfigError(f"--false-alarms {options.false_alarms:g}: expected a probability between 0 and 1")
+    refuse_no_models(options.models)
     database = existing_database(options.database)  # the notebook runs in another folder
     settings = {"days": options.days, "false_alarms": options.false_alarms}
     notebooks = options.notebooks or headless.NOTEBOOKS
@@ -403,12 +442,17 @@ def retrain(options: argparse.Namespace) -> int:
     return DONE
 
 
+def refuse_no_models(folder: Path | None) -> None:
+    """Raise ConfigError where the folder that a service follows is named and not there."""
+    if folder and not folder.is_dir():
+        raise ConfigError(f"{folder}: no such folder; expected that of the versions of a service's weights")
+
+
 def rollback(options: argparse.Namespace) -> int:
     """Put the weights before the present ones back into service; a running service follows."""
     from deepfake_utils.serving.versions import Versions
 
-    if not options.models.is_dir():
-        raise ConfigError(f"{options.models}: no such folder; expected that of the versions of a service's weights")
+    refuse_no_models(options.models)
     with Versions(options.models).locked() as versions:
         print(f"{versions.roll_back()['version']} is in service again")
     return DONE

@@ -10,7 +10,7 @@ import re
 import tempfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,12 @@ _SIGNS = {"tab": "\t", "semicolon": ";", "comma": ","}
 def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """Give a temporary path beside `path` that replaces it only if the block succeeds.
 
-    Readers see the old file or the new one, never a part, even when the process is killed.
+    Readers see the old file or the new one, never a part, even when the process is killed. A link stays a link: what
+    it points to is replaced.
+
+    Raises:
+        ConfigError: `path` is a folder, a device or a pipe.
+        OSError: it cannot be written; the text names it.
 
     >>> import tempfile, pathlib
     >>> target = pathlib.Path(tempfile.mkdtemp()) / "note.txt"
@@ -33,7 +38,8 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     >>> target.read_text(), len(list(target.parent.iterdir()))
     ('whole', 1)
     """
-    target = Path(path)
+    refuse_no_file(path)
+    target = Path(os.path.realpath(path))
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
     os.close(handle)
@@ -44,8 +50,28 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
             os.fsync(written.fileno())
         part.chmod(0o644)  # mkstemp makes files private; results are meant to be read
         part.replace(target)
+    except OSError as error:
+        if error.filename is None and error.strerror:  # as a full disk is told
+            error.filename = str(path)
+        raise
     finally:
         part.unlink(missing_ok=True)
+
+
+def refuse_no_file(path: str | os.PathLike) -> None:
+    """Raise ConfigError where something else than a file of its own stands in the place of one to be written."""
+    target = Path(path)
+    if target.exists() and not target.is_file():
+        what = "is a folder: name a file in it" if target.is_dir() else "is a device or a pipe: name a file"
+        raise ConfigError(f"{target} {what}")
+
+
+def refuse_overwriting(inputs: Iterable[str | os.PathLike], outputs: Iterable[str | os.PathLike | None]) -> None:
+    """Raise ConfigError where an output is one of the inputs; "-" and None are no files."""
+    written = {os.path.realpath(path): path for path in outputs if path is not None and str(path) != "-"}
+    for path in inputs:
+        if str(path) != "-" and (output := written.get(os.path.realpath(path))) is not None:
+            raise ConfigError(f"{output} is read and would be written over: name another file for what is written")
 
 
 # --- recordings: which are there, and what they are called
@@ -86,10 +112,10 @@ def list_audio(folder: str | os.PathLike) -> tuple[list[str], Counter[str]]:
             path = os.path.join(here, name)
             if not split_audio_name(name)[1]:
                 passed_over[os.path.splitext(name)[1].lower() or "no suffix"] += 1
-            elif os.path.exists(path):
+            elif os.path.isfile(path):
                 found.append(path)
             else:
-                passed_over["broken link"] += 1
+                passed_over["pipe or device" if os.path.exists(path) else "broken link"] += 1
     return found, passed_over
 
 

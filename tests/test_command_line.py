@@ -10,11 +10,13 @@ import math
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,8 +25,10 @@ import soundfile
 from deepfake_utils import load_model, score_files
 from deepfake_utils.__main__ import main
 from deepfake_utils.commands import bar_of_seconds
+from deepfake_utils.conventions import ConfigError
 from deepfake_utils.evaluation.scorefile import read_scores
 from deepfake_utils.scoring.detector import Detector
+from deepfake_utils.scoring.targets import build
 from deepfake_utils.scoring.weights import save_weights
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -462,3 +466,81 @@ def test_a_single_recording_has_a_bar_over_its_seconds_on_a_terminal(
     bar = bar_of_seconds([Path(name) if name == "-" else tmp_path / name for name in names])
     assert (bar.disable, bar.total) == expected
     bar.close()
+
+
+# --- what is written never costs what is there
+
+
+def test_an_output_in_the_place_of_a_recording_is_refused(weights, tmp_path, refused):
+    noise = np.random.default_rng(0).normal(0, 0.1, 8000)
+    for name in ("a.flac", "b.flac"):
+        soundfile.write(tmp_path / name, noise, 16000)
+    shutil.copy(tmp_path / "a.flac", tmp_path / "voice")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for option in ("--csv", "--json", "--timeline", "--out"):  # as `--csv *.flac` gives it
+        said = f"{tmp_path / 'a.flac'} is a recording by its name"
+        refused("score", "--weights", weights, option, tmp_path / "a.flac", tmp_path / "b.flac", said=said)
+    refused("score", tmp_path / "voice", "--csv", tmp_path / "voice", said="would be written over")
+    refused("evaluate", tmp_path / "voice", "--protocol", weights, "--json", tmp_path / "voice", said="written over")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_an_export_leaves_the_weights_and_their_json_alone(weights, tmp_path, refused):
+    here = shutil.copytree(weights.parent, tmp_path / "weights")
+    before = {path.name: path.read_bytes() for path in here.iterdir()}
+    source = here / weights.name
+    refused("export", source, "--weights", source, said="expected a name that ends in .onnx")
+    refused("export", here / "model.onnx", "--weights", weights, said="belongs to")
+    with pytest.raises(ConfigError, match="belongs to"):
+        build("phone", weights, {}, here / "model.onnx")
+    assert {path.name: path.read_bytes() for path in here.iterdir()} == before
+
+
+def test_an_exported_file_keeps_calibration_and_caution(weights, tmp_path, run_here):
+    assert run_here("export", tmp_path / "other.onnx", "--weights", weights).returncode == 0
+    assert json.loads((tmp_path / "other.json").read_text())["calibration"] == {"slope": 2.0, "offset": 0.5}
+    clip = np.random.default_rng(1).normal(0, 0.1, 64_600).astype(np.float32)
+    verdicts = [Detector.load(path, whole=False)(clip, 16000) for path in (weights, tmp_path / "other.onnx")]
+    assert verdicts[0].log_odds == pytest.approx(verdicts[1].log_odds, abs=1e-4)
+
+
+def test_weights_of_the_package_are_not_calibrated_by_their_name(corpus, refused, monkeypatch):
+    found = SimpleNamespace(protocol=lambda split: None)
+    monkeypatch.setattr("deepfake_utils.corpora.find_corpora", lambda *names, **settings: [found])
+    for command in ("calibrate", "reference"):
+        refused(command, "phone", "--data", corpus, said="its JSON serves all: copy both to a folder of yours")
+    refused("calibrate", "w.onnx", "--data", corpus, "--most", 0, said="expected at least 1 recording")
+    refused("calibrate", "w.onnx", "--data", corpus, "--hosts", -1, said="and 0 hosts")
+
+
+def test_head_cuts_the_table_and_not_the_files(weights, corpus, score_case, tmp_path):
+    scores, keys = score_case
+    for number in range(40):
+        shutil.copy(corpus / "bonafide" / "a.wav", tmp_path / f"{number}.wav")
+    python = f"{sys.executable} -m deepfake_utils"
+    for arguments, file, n_lines in (
+        (f"score {tmp_path} --weights {weights} --first-window --csv {tmp_path / 'all.csv'}", "all.csv", 41),
+        (f"evaluate {scores} --protocol {keys} --higher-is bonafide --html {tmp_path / 'e.html'}", "e.html", 10),
+    ):
+        subprocess.run(["bash", "-c", f"{python} {arguments} | true"], check=True, env=environment(), timeout=300)
+        assert len((tmp_path / file).read_text().splitlines()) >= n_lines, arguments
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_run_that_waits_for_a_pipe_can_be_ended_and_keeps_what_it_has(weights, corpus, tmp_path, number):
+    for n in range(100, 164):
+        shutil.copy(corpus / "bonafide" / "a.wav", tmp_path / f"{n}.wav")
+    os.mkfifo(tmp_path / "pipe.wav")
+    names = [str(path) for path in sorted(tmp_path.iterdir())]
+    child = subprocess.Popen(
+        command("score", *names, "--weights", weights, "--first-window", "--csv", tmp_path / "out.csv"),
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment(),
+        preexec_fn=lambda: [signal.signal(n, signal.SIG_DFL) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)],
+    )  # fmt: skip
+    for _ in range(20):  # of the table: recordings have been scored
+        assert child.stdout.readline()
+    child.send_signal(number)
+    child.communicate(timeout=120)
+    assert child.returncode == 130
+    assert len((tmp_path / "out.csv").read_text().splitlines()) > 15
+    assert not list(tmp_path.glob(".*.part"))

@@ -259,6 +259,12 @@ def test_the_report_is_a_notebook_with_pictures_that_show(tmp_path, capsys, monk
     assert not any("<Figure" in str(output) for output in outputs)
 
 
+def test_a_mistyped_folder_of_models_is_not_made(tmp_path, capsys):
+    command = ["monitor", "--database", "sqlite://", "--models", str(tmp_path / "nowhere"), "--out", str(tmp_path)]
+    assert main(command) == 2 and "nowhere: no such folder" in capsys.readouterr().err
+    assert not (tmp_path / "nowhere").exists()
+
+
 @pytest.mark.parametrize("days", ["0", "-1", "nan", "1e9"])
 def test_a_time_that_is_none_is_refused_before_anything_is_rendered(days, tmp_path, capsys):
     command = ["monitor", "--database", "sqlite://", "--models", str(tmp_path), "--out", str(tmp_path / "out")]

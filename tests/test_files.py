@@ -6,7 +6,7 @@ import os
 import pytest
 
 from deepfake_utils import files
-from deepfake_utils.conventions import AUDIO_SUFFIXES, AudioError, CorpusError, ScoreError
+from deepfake_utils.conventions import AUDIO_SUFFIXES, AudioError, ConfigError, CorpusError, ScoreError
 from deepfake_utils.evaluation.scorefile import read_scores
 from deepfake_utils.protocols import read_keys
 from deepfake_utils.waveforms.decode import read_audio
@@ -25,11 +25,25 @@ def test_recordings_are_listed_once_in_order_and_the_rest_is_counted(tmp_path):
         (tmp_path / name).touch()
     (tmp_path / "b" / "round").symlink_to(tmp_path)
     (tmp_path / "gone.wav").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "pipe.wav")
     found, passed_over = files.list_audio(tmp_path)
     assert sorted(os.path.relpath(path, tmp_path) for path in found) == sorted(LISTED)
-    assert passed_over == {".txt": 1, "no suffix": 1, "broken link": 1}
-    assert "passed over 3 files" in files.describe_passed_over(passed_over)
+    assert passed_over == {".txt": 1, "no suffix": 1, "broken link": 1, "pipe or device": 1}
+    assert "passed over 4 files" in files.describe_passed_over(passed_over)
     assert files.describe_passed_over(files.list_audio(tmp_path / "nowhere")[1]) == ""
+
+
+def test_what_is_written_replaces_files_and_nothing_else(tmp_path):
+    (tmp_path / "kept.txt").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "kept.txt")
+    with files.atomic_write(tmp_path / "link") as part:
+        part.write_text("new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "kept.txt").read_text() == "new"
+    os.mkfifo(tmp_path / "pipe")
+    for name, said in (("pipe", "is a device or a pipe"), ("", "is a folder: name a file in it")):
+        with pytest.raises(ConfigError, match=said), files.atomic_write(tmp_path / name):
+            raise AssertionError("the block was entered")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept.txt", "link", "pipe"]
 
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935\nsize 12345\n"

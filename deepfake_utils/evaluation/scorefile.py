@@ -287,6 +287,7 @@ def _mismatch_text(where: str, missing: pd.Series, extra: pd.Series, n_protocol:
     parts = []
     if len(missing):
         parts.append(f"{len(missing)} of the protocol's {n_protocol} trials have no score: {_named(missing)}")
+        parts.append("where `score --out` found no speech in them, `--first-window` scores them all the same")
     if len(extra):
         parts.append(f"{len(extra)} of {n_scores} scores belong to no trial of the protocol: {_named(extra)}")
     return f"{where}{'; '.join(parts)}; every trial needs exactly one score"

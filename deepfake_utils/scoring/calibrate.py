@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from deepfake_utils.conventions import BONAFIDE, SPOOF, AudioError, CheckpointError
+from deepfake_utils.conventions import BONAFIDE, SPOOF, AudioError, CheckpointError, ConfigError
 from deepfake_utils.corpora.division import source_of
 from deepfake_utils.evaluation import uses
 from deepfake_utils.evaluation.calibration import fit_calibration
@@ -30,7 +30,7 @@ from deepfake_utils.scoring import splices
 from deepfake_utils.scoring.detector import USES, Detector
 from deepfake_utils.scoring.pooling import TRIED, describe, pool
 from deepfake_utils.scoring.verdict import Judged
-from deepfake_utils.scoring.weights import read_companion, weights_file
+from deepfake_utils.scoring.weights import read_companion, refuse_shipped_name, weights_file
 from deepfake_utils.waveforms.decode import read_audio
 
 REAL_MARKED = 0.05  # share of the real time of dev's splices that may be marked as fake
@@ -65,8 +65,12 @@ def calibrate(
 
     Raises:
         CheckpointError: the weights have no JSON to write into.
+        ConfigError: they are named, such as "phone", and their JSON is the package's; or a number is too small.
         AudioError, CorpusError, ScoreError: recordings cannot be read, or are of one label only.
     """
+    if min(most, n_hosts + 1) < 1:
+        raise ConfigError(f"most {most} and n_hosts {n_hosts}: expected at least 1 recording a source and 0 hosts")
+    refuse_shipped_name(weights)
     path = weights_file(weights)
     known = read_companion(path)
     if not known:
@@ -76,6 +80,7 @@ def calibrate(
     with atomic_write(path.with_suffix(".json")) as part:
         part.write_text(json.dumps(known | facts, indent=2) + "\n", encoding="utf-8")
     say(summary(facts))
+    say(f"written to {path.with_suffix('.json')}")
     return facts
 
 

@@ -152,6 +152,13 @@ class Detector:
             if isinstance(verdict, AudioError):
                 raise verdict
             return verdict
+        if not (isinstance(recording, np.ndarray | list | tuple) or hasattr(recording, "__array__")) or (
+            len(recording) and isinstance(recording[0], (str, os.PathLike))
+        ):
+            raise AudioError(
+                f"{type(recording).__name__} is no recording: expected a path or a waveform; several paths go to "
+                "detector.score([...])"
+            )
         if sample_rate_hz is None:
             raise AudioError("a waveform needs its sample_rate_hz, such as detector(waveform, 16000)")
         stream = self.stream(sample_rate_hz)
@@ -272,7 +279,8 @@ class Detector:
             reason = f"{odds}, between {low:+.1f} and {high:+.1f}, where errors are frequent"
         else:
             side = "at or above" if word == "real" else "below"
-            reason = f"{odds}, {side} {high if word == 'real' else low:+.1f}, the threshold for {self.use}"
+            edge = "the edge of the uncertain band" if low < high else "the threshold"
+            reason = f"{odds}, {side} {high if word == 'real' else low:+.1f}, {edge} for {self.use}"
         verdict = replace(
             verdict, verdict=word, score=log_odds, log_odds=log_odds, probability_fake=probability, reason=reason
         )

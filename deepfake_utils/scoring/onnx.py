@@ -236,9 +236,11 @@ def export_onnx(model: nn.Module, path: str | os.PathLike, *, opset: int = OPSET
         The path written.
 
     Raises:
-        ConfigError: this PyTorch cannot write the model's operations in that opset.
+        ConfigError: the name does not end in .onnx, or this PyTorch cannot write the operations in that opset.
     """
     path = Path(path)
+    if path.suffix != ".onnx":
+        raise ConfigError(f"{path}: expected a name that ends in .onnx, for what is written is ONNX")
     model = _for_export(model)
     example = torch.zeros(2, max(SAMPLE_RATE_HZ, model.min_samples))
     dynamic = {INPUT_NAME: {0: "batch", 1: "samples"}, "logits": {0: "batch"}, "embedding": {0: "batch"}}

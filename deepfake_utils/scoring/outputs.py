@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from deepfake_utils.conventions import AudioError, ConfigError
 from deepfake_utils.evaluation.calibration import Use
 from deepfake_utils.evaluation.scorefile import companion_path
-from deepfake_utils.files import atomic_write
+from deepfake_utils.files import atomic_write, split_audio_name
 from deepfake_utils.scoring.detector import Detector
 from deepfake_utils.scoring.verdict import ROW_COLUMNS, Judged, Verdict, describe_probability, verdict_row
 
@@ -151,6 +151,9 @@ class Outputs:
         names = [str(path) if str(path) == "-" else os.path.abspath(path) for path, _, _ in wanted.values()]
         if len(set(names)) < len(names):
             raise ConfigError(f"two outputs go to the same place, among {', '.join(names)}: name different files")
+        for path, _, _ in wanted.values():
+            if split_audio_name(Path(path).name)[1]:  # as in `--csv *.flac`
+                raise ConfigError(f"{path} is a recording by its name: name another file for what is written")
         self._table = None if "-" in names else sys.stdout
         self._files: dict[str, GrowingFile] = {}
         self._about, self._known_warnings = {}, ()
@@ -213,9 +216,16 @@ class Outputs:
         return self._files[name].n_pieces if name in self._files else 0
 
     def _print(self, text: str) -> None:
-        if self._table:
+        if not self._table:
+            return
+        try:
             with tqdm.external_write_mode(self._table):  # a progress bar makes room
                 print(text, file=self._table, flush=True)
+        except BrokenPipeError:  # the reader has seen enough; the files still want everything
+            if not self._files:
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._table.fileno())
+            self._table = None
 
     def _explain_scores(self, file: GrowingFile) -> None:
         about = {"higher_is": "bonafide", "columns": list(SCORE_COLUMNS), "n_trials": file.n_pieces}

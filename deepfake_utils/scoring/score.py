@@ -93,14 +93,17 @@ def forward(model: Callable, waveform: torch.Tensor, device: torch.device | str)
 
 def made_ahead(items: Iterator, depth: int) -> Iterator:
     """Yield the items in order while a thread makes up to `depth` of the following ones."""
-    pool = ThreadPoolExecutor(1)
+    pool, patient = ThreadPoolExecutor(1), True
     try:
         under_way = deque(pool.submit(next, items, _END) for _ in range(depth))
         while (item := under_way.popleft().result()) is not _END:
             under_way.append(pool.submit(next, items, _END))
             yield item
+    except KeyboardInterrupt:
+        patient = False  # the thread may read a pipe in which nothing will come
+        raise
     finally:
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown(wait=patient, cancel_futures=True)
 
 
 @contextmanager

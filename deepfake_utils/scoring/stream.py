@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import time
 from typing import NamedTuple
 
@@ -109,8 +110,9 @@ def time_stream(detector, samples: np.ndarray, sample_rate_hz: int, chunk_s: flo
 
 
 def _checked_rate(rate_hz: int) -> int:
-    if rate_hz != int(rate_hz) or not MIN_RATE_HZ <= rate_hz <= MAX_RATE_HZ:
-        raise AudioError(f"sample_rate_hz is {rate_hz}: expected a whole number from {MIN_RATE_HZ} to {MAX_RATE_HZ}")
+    is_number = isinstance(rate_hz, numbers.Real)
+    if not is_number or not MIN_RATE_HZ <= rate_hz <= MAX_RATE_HZ or rate_hz != int(rate_hz):
+        raise AudioError(f"sample_rate_hz is {rate_hz!r}: expected a whole number from {MIN_RATE_HZ} to {MAX_RATE_HZ}")
     return int(rate_hz)
 
 

@@ -32,7 +32,7 @@ from deepfake_utils.evaluation.calibration import fit_calibration
 from deepfake_utils.evaluation.intervals import bootstrap, eer_metric, paired_difference
 from deepfake_utils.files import atomic_write
 from deepfake_utils.scoring.onnx import OnnxScorer, export_onnx
-from deepfake_utils.scoring.published import sha256_of
+from deepfake_utils.scoring.published import recognise, sha256_of
 from deepfake_utils.scoring.quantise import compact, half_weights, layer_errors, log_odds, quantise
 from deepfake_utils.scoring.weights import ASSETS, load_model, read_companion, score_kind, weights_file
 from deepfake_utils.waveforms.decode import fit_length, read_audio
@@ -42,6 +42,7 @@ N_RANGES = 64  # windows of train over which the ranges of activations are taken
 N_RANGES_ALONE = 16  # where a layer is quantised alone, to rank it
 N_CHECKED = 64  # windows of dev on which each layer is quantised alone
 MAX_RMS = 0.06  # of the difference of a log-odds: more layers stay float until it is no more
+DECIDED = ("calibration", "pooling", "uncertain_log_odds", "thresholds", "uncertain", "marks")  # what `calibrate` fits
 MAX_LOSS = 0.005  # of EER, that quantisation may cost
 UNSURE = 0.1  # share of either class that may lie on the wrong side of the uncertain band
 
@@ -89,6 +90,7 @@ def build(
     if name not in TARGETS or Path(out).suffix != ".onnx":
         raise ConfigError(f"target {name!r} in {out}: expected one of {', '.join(TARGETS)}, and a file ending in .onnx")
     target, out = TARGETS[name], Path(out)
+    refuse_companion_of_others(out)
     source = weights_file(weights)
     model = load_model(weights=source)
     trials = {split: few_a_family(protocols[split]) for split in ("dev", "eval")}
@@ -112,10 +114,36 @@ def build(
     card["eer"] = {split: error_rate(after[split], rows) for split, rows in trials.items()}
     card["eer_float32"] = {split: error_rate(before[split], rows) for split, rows in trials.items()}
     card["eer_lost"] = {split: _lost(after[split], before[split], rows) for split, rows in trials.items()}
+    if target.numbers != "int8":  # the same numbers as before, and so the same decisions
+        card |= {name: known[name] for name in DECIDED if name in known}
     card["misses"] = misses(card)
     with atomic_write(out.with_suffix(".json")) as part:
         part.write_text(json.dumps(card, indent=2) + "\n")
     return card
+
+
+def refuse_companion_of_others(out: str | os.PathLike, weights: str | os.PathLike | None = None) -> None:
+    """Raise ConfigError where the JSON beside the ONNX file `out` would be, or is, that of other weights.
+
+    Args:
+        weights: what is exported as it is; its own JSON says the same and may stay.
+    """
+    out = Path(out)
+    for suffix in (".safetensors", ".pth", ".pt"):
+        other = out.with_suffix(suffix)
+        if other.is_file() and not (weights and weights_file(weights).samefile(other)):
+            raise ConfigError(f"{out.with_suffix('.json')} belongs to {other}: write {out.name} under another name")
+
+
+def write_companion(out: str | os.PathLike, weights: str | os.PathLike) -> None:
+    """Keep beside an ONNX file what is known of the weights that it holds: calibration, thresholds, caution."""
+    source, companion = weights_file(weights), Path(out).with_suffix(".json")
+    facts = {name: value for name, value in read_companion(source).items() if name not in ("model", "model_options")}
+    if published := recognise(source):
+        facts |= {"trained_on": published.trained_on, "caution": published.caution}
+    if facts and companion != source.with_suffix(".json"):
+        with atomic_write(companion) as part:
+            part.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
 def misses(card: Mapping) -> list[str]:

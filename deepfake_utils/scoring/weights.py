@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from deepfake_utils.conventions import CheckpointError
+from deepfake_utils.conventions import CheckpointError, ConfigError
 from deepfake_utils.files import atomic_write, stands_in
 from deepfake_utils.models import MODELS, PUBLISHED_NAMES, build_model
 from deepfake_utils.models.layers import CMOutput
@@ -178,6 +178,14 @@ def weights_file(weights: str | os.PathLike) -> Path:
             f"{', '.join((*SHIPPED, *PUBLISHED))}"
         )
     return path
+
+
+def refuse_shipped_name(weights: str | os.PathLike) -> None:
+    """Raise ConfigError where weights whose JSON is to be changed are named, not given as a file: they are everybody's
+    that this package or cache serves."""
+    if not Path(weights).exists():
+        path = weights_file(weights)
+        raise ConfigError(f"{weights} is {path} and its JSON serves all: copy both to a folder of yours, and name that")
 
 
 def read_companion(path: Path) -> dict:

@@ -102,7 +102,9 @@ class Versions:
         """
         *before, leaving = self.in_service or [None]
         if not before:
-            raise CheckpointError(f"{self.folder}: no version to go back to; {LOG} there lists every decision")
+            raise CheckpointError(
+                f"{self.folder}: no version to go back to; decisions are listed in {LOG} there, once there are any"
+            )
         self.note(TAKES_BACK, left=leaving["version"], version=before[-1]["version"])
         self._settle()
         return before[-1]

@@ -85,7 +85,7 @@ def load_checkpoint(folder: Path, wish: TrainingConfig, fingerprints: dict[str, 
     if saved.get("version") != VERSION:
         raise CheckpointError(
             f"{path} is of format {saved.get('version')}, expected {VERSION}: finish that run with the version of this "
-            "package that began it, or use another run_dir, or resume=False to replace it"
+            "package that began it, or use another folder; resume=False of `fit` replaces it"
         )
     # A setting that is younger than the run had no effect on it, as its default has none.
     now, then, settled = wish.to_dict(), TrainingConfig().to_dict() | saved["wish"], saved["settled"]
@@ -101,7 +101,8 @@ def load_checkpoint(folder: Path, wish: TrainingConfig, fingerprints: dict[str, 
     ]
     if changed:
         raise TrainingError(
-            f"{path} belongs to another run ({'; '.join(changed)}): use another run_dir, or resume=False to replace it"
+            f"{path} belongs to another run ({'; '.join(changed)}): use another folder; "
+            "resume=False of `fit` replaces it"
         )
     return saved
 
