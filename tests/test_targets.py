@@ -9,12 +9,21 @@ import soundfile
 import torch
 
 from deepfake_utils.__main__ import main
-from deepfake_utils.conventions import SAMPLE_RATE_HZ, CheckpointError, ConfigError
+from deepfake_utils.conventions import CROP_SAMPLES, SAMPLE_RATE_HZ, CheckpointError, ConfigError
 from deepfake_utils.demo.voice import draw_speaker, speak
 from deepfake_utils.models import build_model
 from deepfake_utils.scoring import weights as room
 from deepfake_utils.scoring.detector import Detector
-from deepfake_utils.scoring.targets import MAX_LOSS, TARGETS, build, error_rate, few_a_family, misses, read_card
+from deepfake_utils.scoring.targets import (
+    DECIDED,
+    MAX_LOSS,
+    TARGETS,
+    build,
+    error_rate,
+    few_a_family,
+    misses,
+    read_card,
+)
 from deepfake_utils.scoring.weights import save_weights
 
 N_SAMPLES = 20_000
@@ -135,6 +144,15 @@ def test_what_is_shipped_fits_its_target(name):
     if name != "server":
         assert path.stat().st_size == card["bytes"] <= (target.max_bytes or np.inf)
     assert Detector.load(name).is_calibrated
+
+
+def test_the_same_network_in_half_precision_decides_as_the_shipped_weights_do():
+    phone, whole = Detector.load("phone"), Detector.load()
+    assert {name: phone.facts[name] for name in DECIDED} == {name: whole.facts[name] for name in DECIDED}
+    clip = 0.1 * np.random.default_rng(0).standard_normal(CROP_SAMPLES).astype(np.float32)
+    verdicts = [Detector.load(name, whole=False, use="call-centre")(clip, 16_000) for name in ("phone", None)]
+    assert verdicts[0].log_odds == pytest.approx(verdicts[1].log_odds, abs=0.01)
+    assert verdicts[0].threshold == verdicts[1].threshold
 
 
 def test_a_name_that_is_none_is_refused_with_the_names():

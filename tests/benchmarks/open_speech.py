@@ -6,6 +6,8 @@ FOLDER is what `deepfake-utils collect` filled, or any corpus with the column `s
 first 64,600 samples of up to `--per-family` recordings of a family or, of real speech, of a source, chosen by a hash of
 their names. "Pooled" is the EER over all of them; "macro" the mean over families, each against the split's real speech.
 Intervals are over sources. `--robust` adds what codecs, noise, rooms and speed do; `--json` writes the figures.
+`--verdicts N` prints instead how often up to N recordings of each family are called fake, uncertain and real by the
+calibration that lies beside the weights, as they are and after those changes.
 
     python tests/benchmarks/open_speech.py --data FOLDER --shortcuts 2000
 
@@ -21,19 +23,21 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 
 from deepfake_utils.augment import build_augmentation
-from deepfake_utils.conventions import SAMPLE_RATE_HZ
+from deepfake_utils.conventions import CROP_SAMPLES, SAMPLE_RATE_HZ
 from deepfake_utils.corpora import find_corpora
 from deepfake_utils.evaluation.intervals import eer_metric, interval_or_none
 from deepfake_utils.evaluation.metrics import compute_eer
 from deepfake_utils.probing import shortcuts
-from deepfake_utils.probing.robustness import condition_scores, robustness
+from deepfake_utils.probing.robustness import CONDITIONS, condition_scores, robustness
+from deepfake_utils.scoring.detector import Detector
 from deepfake_utils.scoring.score import score_protocol
 from deepfake_utils.scoring.weights import load_model
 from deepfake_utils.training.sampling import source_weights
 from deepfake_utils.waveforms import open_source
-from deepfake_utils.waveforms.batches import train_batches
+from deepfake_utils.waveforms.batches import eval_batches, train_batches
 from deepfake_utils.waveforms.decode import to_int16
 
 SHIPPED = "deepfake_utils/assets/open.safetensors"
@@ -60,11 +64,19 @@ def main() -> None:
     parser.add_argument("--per-family", type=int, default=40)
     parser.add_argument("--robust", action="store_true")
     parser.add_argument("--shortcuts", type=int, metavar="N")
+    parser.add_argument("--verdicts", type=int, metavar="N")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     corpus, figures = find_corpora(options.data)[0], {}
     if options.shortcuts:
         print((100 * shortcut_table(corpus.protocol("train"), options.shortcuts)).round(1).to_string())
+        return
+    for split in options.splits if options.verdicts else ():
+        trials = chosen(corpus.protocol(split), options.verdicts)
+        for weights in options.weights:
+            print(f"\n{split}, {weights}: real and fake recordings called ..., in percent")
+            print((100 * verdict_table(Detector.load(weights, whole=False), trials)).round(1).to_string())
+    if options.verdicts:
         return
     for split in options.splits:
         trials = chosen(corpus.protocol(split), options.per_family)
@@ -119,6 +131,21 @@ def describe(scores: np.ndarray, trials: pd.DataFrame) -> dict:
         "eer": by_family, "fakes_accepted": accepted, "real_rejected": rejected,
         "wrong_by_language": {name: [float(rate), int(n)] for name, rate, n in by_language.itertuples()},
     }  # fmt: skip
+
+
+def verdict_table(detector: Detector, trials: pd.DataFrame) -> pd.DataFrame:
+    """Shares (fractions) of the verdicts on the first 64,600 samples, one row a condition; columns (label, verdict)."""
+    rows = []
+    batches = eval_batches(open_source(trials, kind="cache"), batch_size=16, n_samples=CROP_SAMPLES, device="cpu")
+    for number, batch in enumerate(batches):
+        for name, change in CONDITIONS.items():
+            changed = change(batch.waveform, torch.Generator().manual_seed(number))
+            for label, clip in zip(trials["label"][batch.index], changed.numpy(), strict=True):
+                rows.append((name, "real" if label else "fake", detector(clip, SAMPLE_RATE_HZ).verdict))
+    table = pd.DataFrame(rows, columns=["condition", "label", "verdict"])
+    shares = pd.crosstab(table["condition"], [table["label"], table["verdict"]])
+    shares /= shares.T.groupby("label").transform("sum").T
+    return shares.loc[list(CONDITIONS), [("real", "fake"), ("real", "uncertain"), ("fake", "fake"), ("fake", "real")]]
 
 
 def shortcut_table(train: pd.DataFrame, n: int) -> pd.DataFrame:
