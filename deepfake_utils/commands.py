@@ -343,6 +343,8 @@ def evaluate(options: argparse.Namespace) -> int:
     from deepfake_utils.evaluation import scorefile
     from deepfake_utils.protocols import read_keys
 
+    if options.n_bootstrap < 0 or options.n_bootstrap == 1:
+        raise ConfigError(f"--n-bootstrap {options.n_bootstrap}: expected at least 2, or 0 for no intervals")
     refuse_overwriting([options.scores, options.protocol], [options.json, options.html])
     for output in filter(None, (options.json, options.html)):
         refuse_no_file(output)
@@ -404,7 +406,7 @@ def in_columns(table) -> str:
 def monitor(options: argparse.Namespace) -> int:
     """Render a report on a service as a notebook with pictures: drift, verdicts, feedback, decisions."""
     from deepfake_utils.serving import headless
-    from deepfake_utils.serving.records import existing_database
+    from deepfake_utils.serving.records import Records, existing_database
 
     if not 0 < options.days <= MOST_DAYS:
         raise ConfigError(f"--days {options.days:g}: expected how many days to look back, up to {MOST_DAYS:,}")
@@ -412,6 +414,7 @@ def monitor(options: argparse.Namespace) -> int:
         raise ConfigError(f"--false-alarms {options.false_alarms:g}: expected a probability between 0 and 1")
     refuse_no_models(options.models)
     database = existing_database(options.database)  # the notebook runs in another folder
+    Records(database).close()  # what is wrong with it is said here
     settings = {"days": options.days, "false_alarms": options.false_alarms}
     notebooks = options.notebooks or headless.NOTEBOOKS
     print(headless.monitor(database, options.models, options.out, notebooks, **settings))

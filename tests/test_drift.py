@@ -291,3 +291,12 @@ def test_every_number_on_the_dashboard_is_one_that_the_service_tells():
     told = {name + ending[kind] for name, kind in re.findall(r"# TYPE (\w+) (\w+)", lines)}
     asked = set(re.findall(r"\bdeepfake_\w+", text))
     assert asked <= told, asked - told
+
+
+def test_a_file_that_is_no_database_is_told_in_a_line(tmp_path, capsys):
+    (tmp_path / "records.sqlite").write_text("no database at all, but text")
+    for database in (f"sqlite:///{tmp_path}/records.sqlite", str(tmp_path / "records.sqlite")):
+        out = tmp_path / "out"
+        assert main(["monitor", "--database", database, "--models", str(tmp_path), "--out", str(out)]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("deepfake_utils: ") and "Traceback" not in said and not out.exists(), said

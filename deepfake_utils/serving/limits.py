@@ -176,7 +176,7 @@ async def read_upload(request: Request, limits: Limits) -> BinaryIO:
         async for chunk in arriving.stream():
             file.write(chunk)
     if not file.seek(0, os.SEEK_END):
-        raise Problem(400, "no recording", f"there is no recording in the request: {ONE_RECORDING}")
+        raise Problem(400, "no recording", f"there is no recording in the request, or it is empty: {ONE_RECORDING}")
     file.seek(0)
     return file
 

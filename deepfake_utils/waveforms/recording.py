@@ -55,6 +55,8 @@ def opened(source: AudioFile, notes: list[str] | None = None) -> Iterator[Record
         elif hasattr(source, "read"):
             file = source
         elif os.fspath(source) == "-":
+            if sys.stdin is None:
+                raise AudioError("standard input is closed: pipe a recording into it, or name a file")
             file = sys.stdin.buffer
         else:
             file = owned.enter_context(_open(source, name))
