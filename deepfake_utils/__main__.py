@@ -231,6 +231,8 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return commands.DONE
     except (DeepfakeUtilsError, OSError) as problem:
+        if isinstance(problem, FileExistsError | NotADirectoryError) and problem.filename:
+            problem = f"{problem.filename} is a file, expected a folder: name another"
         print(f"deepfake_utils: {problem}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:

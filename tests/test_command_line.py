@@ -544,3 +544,10 @@ def test_a_run_that_waits_for_a_pipe_can_be_ended_and_keeps_what_it_has(weights,
     assert child.returncode == 130
     assert len((tmp_path / "out.csv").read_text().splitlines()) > 15
     assert not list(tmp_path.glob(".*.part"))
+
+
+def test_a_file_in_the_place_of_a_folder_is_told_in_words(weights, corpus, tmp_path, refused):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        for arguments in (("score", corpus, "--weights", weights, "--pictures", folder), ("collect", folder)):
+            refused(*arguments, said="is a file, expected a folder")
