@@ -502,6 +502,11 @@ def test_an_exported_file_keeps_calibration_and_caution(weights, tmp_path, run_h
     clip = np.random.default_rng(1).normal(0, 0.1, 64_600).astype(np.float32)
     verdicts = [Detector.load(path, whole=False)(clip, 16000) for path in (weights, tmp_path / "other.onnx")]
     assert verdicts[0].log_odds == pytest.approx(verdicts[1].log_odds, abs=1e-4)
+    bare = save_weights(tmp_path / "bare.safetensors", load_model("lfcc-lcnn"), name="lfcc-lcnn")
+    assert run_here("export", tmp_path / "other.onnx", "--weights", bare).returncode == 0
+    assert "calibration" not in json.loads((tmp_path / "other.json").read_text()), (
+        "an earlier export's is not this one's"
+    )
 
 
 def test_weights_of_the_package_are_not_calibrated_by_their_name(corpus, refused, monkeypatch):

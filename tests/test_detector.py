@@ -377,3 +377,11 @@ def test_calibration_beside_weights_is_used(tmp_path):
     path = save_weights(tmp_path / "w.safetensors", load_model("lfcc-lcnn"), name="lfcc-lcnn", facts=facts)
     loaded = Detector.load(path)
     assert "log-odds" in loaded.score_meaning and json.loads(path.with_suffix(".json").read_text())["calibration"]
+
+
+@pytest.mark.parametrize("thing", [["a.wav", "b.wav"], b"RIFF", None, 3, {}])
+def test_what_is_no_recording_is_told_so(thing):
+    with pytest.raises(AudioError, match=r"is no recording: expected a path or a waveform; .*detector.score"):
+        detector()(thing)
+    with pytest.raises(AudioError, match="sample_rate_hz is '16000': expected a whole number"):
+        detector()(np.zeros(8000), "16000")

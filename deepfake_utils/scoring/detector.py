@@ -152,9 +152,9 @@ class Detector:
             if isinstance(verdict, AudioError):
                 raise verdict
             return verdict
-        if not (isinstance(recording, np.ndarray | list | tuple) or hasattr(recording, "__array__")) or (
-            len(recording) and isinstance(recording[0], (str, os.PathLike))
-        ):
+        is_list = isinstance(recording, list | tuple)
+        names = is_list and any(isinstance(item, (str, os.PathLike)) for item in recording)
+        if names or not (is_list or hasattr(recording, "__array__")):
             raise AudioError(
                 f"{type(recording).__name__} is no recording: expected a path or a waveform; several paths go to "
                 "detector.score([...])"

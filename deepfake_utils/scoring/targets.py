@@ -141,7 +141,8 @@ def write_companion(out: str | os.PathLike, weights: str | os.PathLike) -> None:
     facts = {name: value for name, value in read_companion(source).items() if name not in ("model", "model_options")}
     if published := recognise(source):
         facts |= {"trained_on": published.trained_on, "caution": published.caution}
-    if facts and companion != source.with_suffix(".json"):
+    # What an earlier export left beside the file is not true of this one.
+    if (facts or companion.exists()) and companion != source.with_suffix(".json"):
         with atomic_write(companion) as part:
             part.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
