@@ -358,15 +358,16 @@ def evaluate(options: argparse.Namespace) -> int:
         )  # fmt: skip
     for note in result.warnings:  # first: a turned direction makes nonsense of all that follows
         print(f"note: {note}", file=sys.stderr, flush=True)
-    if options.json and str(options.json) != "-":
+    in_json = json.dumps(result.to_dict(), indent=2, allow_nan=False) if options.json else ""
+    to_terminal = str(options.json) == "-"
+    if options.json and not to_terminal:
         with atomic_write(options.json) as part:
-            part.write_text(json.dumps(result.to_dict(), indent=2, allow_nan=False) + "\n")
+            part.write_text(in_json + "\n")
     if options.html:
         from deepfake_utils.report import page as report
 
         report.write_html(options.html, result, options.asv_scores)
-    in_json = json.dumps(result.to_dict(), indent=2, allow_nan=False) if str(options.json) == "-" else None
-    print(in_json or table(result))  # last: a reader that has seen enough, as `head`, ends the command
+    print(in_json if to_terminal else table(result))  # last: a reader that has seen enough, as `head`, ends the command
     return DONE
 
 

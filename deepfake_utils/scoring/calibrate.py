@@ -68,7 +68,7 @@ def calibrate(
         ConfigError: they are named, such as "phone", and their JSON is the package's; or a number is too small.
         AudioError, CorpusError, ScoreError: recordings cannot be read, or are of one label only.
     """
-    if min(most, n_hosts + 1) < 1:
+    if most < 1 or n_hosts < 0:
         raise ConfigError(f"most {most} and n_hosts {n_hosts}: expected at least 1 recording a source and 0 hosts")
     refuse_shipped_name(weights)
     path = weights_file(weights)

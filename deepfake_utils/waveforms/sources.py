@@ -16,9 +16,7 @@ from deepfake_utils.waveforms.cache import CachedSource, ClipCache, FileSource
 from deepfake_utils.waveforms.store import DeviceSource, StoreError, estimate_bytes, open_store
 
 KINDS = ("auto", "files", "cache", "store", "device")
-DEVICE_SHARE = (
-    0.5  # of the GPU's free memory, the most that one split may take: what train and dev leave is the model's
-)
+DEVICE_SHARE = 0.5  # of the GPU's free memory, the most that one split may take: what is left is the model's
 STORE_MIN_CLIPS = 1_000  # fewer are decoded in a second or two: not worth a file
 
 

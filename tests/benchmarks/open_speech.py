@@ -71,12 +71,12 @@ def main() -> None:
     if options.shortcuts:
         print((100 * shortcut_table(corpus.protocol("train"), options.shortcuts)).round(1).to_string())
         return
-    for split in options.splits if options.verdicts else ():
-        trials = chosen(corpus.protocol(split), options.verdicts)
-        for weights in options.weights:
-            print(f"\n{split}, {weights}: real and fake recordings called ..., in percent")
-            print((100 * verdict_table(Detector.load(weights, whole=False), trials)).round(1).to_string())
     if options.verdicts:
+        for split in options.splits:
+            trials = chosen(corpus.protocol(split), options.verdicts)
+            for weights in options.weights:
+                print(f"\n{split}, {weights}: real and fake recordings called ..., in percent")
+                print((100 * verdict_table(Detector.load(weights, whole=False), trials)).round(1).to_string())
         return
     for split in options.splits:
         trials = chosen(corpus.protocol(split), options.per_family)
