@@ -7,6 +7,7 @@ from itertools import cycle
 import numpy as np
 import pandas as pd
 import pytest
+import soundfile
 
 from deepfake_utils.conventions import BONAFIDE, SPOOF, CheckpointError
 from deepfake_utils.scoring import calibrate as calibration
@@ -54,6 +55,39 @@ def test_verdicts_without_a_use_are_counted_by_label_and_source(loud_is_speech, 
     assert found["fake"] == pytest.approx({"called_real": 0, "uncertain": 0, "called_fake": 1, "worst_source": 0})
     few = [(row | {"source": str(number)}, windows) for number, (row, windows) in enumerate(rows)]
     assert calibration.judge_verdicts(few, facts)["real"]["worst_source"] is None
+
+
+def test_real_recordings_lie_above_the_band_on_the_channel_that_lowers_them_most(loud_is_speech, protocol):  # noqa: F811
+    judged = calibration.judge_protocol(detector(), protocol)
+    judged = [
+        (row, (replace(windows[0], log_odds=level + 4 * (row["label"] == BONAFIDE)),))
+        for (row, windows), level in zip(judged, cycle([-3.0, 0.0, 1.0]), strict=False)
+    ]
+    real = [(row, windows) for row, windows in judged if row["label"] == BONAFIDE]
+    moved = {by: [(row, (replace(w[0], log_odds=w[0].log_odds + by),)) for row, w in real] for by in (-1, -2, 1)}
+    alone = calibration.fit_recordings(judged, {"name": "mean"})
+    fitted = calibration.fit_recordings(judged, {"name": "mean"}, moved.values())
+    slope = fitted["pooling"]["slope"]
+    assert fitted["uncertain_log_odds"][0] == pytest.approx(alone["uncertain_log_odds"][0] - 2 * slope)
+    assert fitted["uncertain_log_odds"][1] == alone["uncertain_log_odds"][1]
+    assert fitted["thresholds"] == alone["thresholds"] and fitted["pooling"] == alone["pooling"]
+
+
+def test_real_recordings_are_heard_by_messenger_where_it_can_be_encoded(loud_is_speech, monkeypatch, tmp_path):  # noqa: F811
+    rng, labels = np.random.default_rng(0), [BONAFIDE, SPOOF, BONAFIDE]
+    paths = [tmp_path / f"{number}.flac" for number in range(len(labels))]
+    for path in paths:
+        soundfile.write(path, 0.1 * rng.standard_normal(64_600), 16_000)
+    heard = pd.DataFrame({"utterance": ["a", "b", "c"], "path": [*map(str, paths)], "label": labels, "source": "one"})
+    shipped, scale = Detector.load(), {"slope": 1.0, "offset": 0.0}
+    received = calibration.judge_received(shipped, heard, scale)[calibration.BY_MESSENGER]
+    as_they_are = [(row, w) for row, w in calibration.judge_protocol(shipped, heard) if row["label"] == BONAFIDE]
+    assert [row["utterance"] for row, _ in received] == [row["utterance"] for row, _ in as_they_are] == ["a", "c"]
+    for (_, (window, *_)), (_, (before, *_)) in zip(received, as_they_are, strict=True):
+        assert abs(window.logit_bonafide - before.logit_bonafide) > 1e-4
+        assert window.log_odds == window.logit_bonafide - window.logit_spoof
+    monkeypatch.setattr(calibration.importlib.util, "find_spec", lambda name: None)
+    assert calibration.judge_received(shipped, heard, scale) == {}
 
 
 def test_eval_takes_no_part_in_what_is_fitted(loud_is_speech, protocol):  # noqa: F811

@@ -3,7 +3,8 @@
     windows      logit difference -> log-odds, a logistic regression on the windows of whole recordings
     pooling      of `pooling.TRIED`, the one that errs least on dev's recordings and on splices made from them
     recordings   pooled log-odds -> log-odds of the recording, a second logistic regression
-    thresholds   for no use and for each of `USES`, with the band where they are uncertain (`evaluation.uses`)
+    thresholds   for each of `USES`, with the band where they are uncertain (`evaluation.uses`)
+    band         for no use: a tenth of the real lies below it, after a messenger's codec too, a tenth of fakes above
     marks        how stretches are marked: the rule that finds most of the fake time when 5 % of the real time is marked
 
 Sources and labels count alike throughout. Nothing is fitted on eval; it is judged there, and the figures go along.
@@ -11,6 +12,7 @@ Sources and labels count alike throughout. Nothing is fitted on eval; it is judg
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,8 +21,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from tqdm.auto import tqdm
 
+from deepfake_utils.augment.codecs import CodecParams, apply_codec
 from deepfake_utils.conventions import BONAFIDE, SPOOF, AudioError, CheckpointError, ConfigError
 from deepfake_utils.corpora.division import source_of
 from deepfake_utils.evaluation import uses
@@ -36,6 +40,7 @@ from deepfake_utils.waveforms.decode import read_audio
 REAL_MARKED = 0.05  # share of the real time of dev's splices that may be marked as fake
 RULES = ("any", "mean", "all")
 UNDECIDED = 0.1  # without a use, of real below the band and of fakes above it, on dev
+AS_IT_IS, BY_MESSENGER = "as it is", "Opus 24 kb/s"  # what real recordings went through; Opus lowers them most
 MANY = 5  # recordings of a source of which a share is told
 
 Windows = Sequence[Judged]
@@ -112,8 +117,10 @@ def decide(
         spliced[name] = [(recording, calibrated(w, facts["calibration"])) for recording, w in judged_splices]
     tried = {name: pooling_table(judged[name], spliced.get(name, ())) for name in judged}
     pooling = TRIED[tried["dev"]["together"].to_numpy().argmin()] if n_hosts else pooling
-    facts |= fit_recordings(judged["dev"], pooling)
+    received = judge_received(detector, dev, facts["calibration"], most=most, seed=seed)
+    facts |= fit_recordings(judged["dev"], pooling, received.values())
     facts["decisions"] = {"pooling_tried": {name: table.to_dict("records") for name, table in tried.items()}}
+    facts["decisions"]["band_from_real"] = [AS_IT_IS, *received]
     facts["decisions"]["verdicts"] = {name: judge_verdicts(judged[name], facts) for name in judged}
     facts["decisions"]["uses"] = {name: judge_uses(judged[name], facts) for name in judged}
     if n_hosts:
@@ -160,6 +167,24 @@ def judge_protocol(
     return judged
 
 
+def judge_received(detector: Detector, protocol: pd.DataFrame, scale: dict, **which) -> dict[str, list]:
+    """A protocol's real recordings as they are received: the channel's name -> as from `judge_protocol`, calibrated.
+
+    Empty where PyAV, which encodes, is not installed, or no speech is left.
+    """
+    if importlib.util.find_spec("av") is None:
+        return {}
+    opus = CodecParams("opus", torch.tensor([24.0]))
+
+    def sent(samples: np.ndarray, number: int) -> np.ndarray:
+        return apply_codec(torch.from_numpy(samples)[None], opus)[0].numpy()
+
+    real = protocol[protocol["label"] == BONAFIDE]
+    judged = judge_protocol(detector, real, change=sent, progress=BY_MESSENGER, **which)
+    judged = [(row, calibrated(windows, scale)) for row, windows in judged]
+    return {BY_MESSENGER: judged} if judged else {}
+
+
 def fit_windows(judged: Iterable[tuple[dict, Windows]]) -> dict:
     """Slope and offset from logit differences of windows to log-odds; sources and labels count alike."""
     table = _recordings(judged)
@@ -204,23 +229,29 @@ def pooling_table(judged: Iterable[tuple[dict, Windows]], spliced: Iterable[tupl
     return pd.DataFrame(rows)
 
 
-def fit_recordings(judged: Iterable[tuple[dict, Windows]], pooling: dict) -> dict:
-    """Pooling with its scale, the uncertain band without a use, thresholds and bands of all uses."""
+def fit_recordings(judged: Iterable[tuple[dict, Windows]], pooling: dict, received: Iterable = ()) -> dict:
+    """Pooling with its scale, the uncertain band without a use, thresholds and bands of all uses.
+
+    Args:
+        received: lists like `judged` of real recordings after a channel; on none of them do more than `UNDECIDED` lie
+            below the band.
+    """
     table = _recordings(judged)
     pooled = np.array([_pooled(windows, pooling) for windows in table["windows"]])
     weights = uses.balanced_weights(table["label"], table["source"])
     fitted = fit_calibration(pooled, table["label"], weights=weights)
     log_odds = fitted.llr(pooled)
     names = {name: pooling[name] for name in ("name", "share", "temperature") if name in pooling}
-    of = {label: table["label"].to_numpy() == label for label in (BONAFIDE, SPOOF)}
-    low = _quantile(log_odds[of[BONAFIDE]], weights[of[BONAFIDE]], UNDECIDED)
-    high = _quantile(log_odds[of[SPOOF]], weights[of[SPOOF]], 1 - UNDECIDED)
+    fakes = (table["label"] == SPOOF).to_numpy()
+    high = _quantile(log_odds[fakes], weights[fakes], 1 - UNDECIDED)
+    scaled = names | {"slope": fitted.slopes[0], "offset": fitted.intercept}
+    low = min(_lowest_real(recording_log_odds(part, scaled)) for part in (judged, *received))
     band = [low, high] if low < high else [(low + high) / 2] * 2
     thresholds = {
         name: uses.fit_threshold(log_odds, table["label"], table["source"], use) for name, use in USES.items()
     }
     return {
-        "pooling": names | {"slope": fitted.slopes[0], "offset": fitted.intercept},
+        "pooling": scaled,
         "uncertain_log_odds": band,
         "thresholds": {name: fit.threshold for name, fit in thresholds.items()},
         "uncertain": {name: [fit.low, fit.high] for name, fit in thresholds.items()},
@@ -299,6 +330,9 @@ def summary(facts: dict) -> str:
             f"{row['pooling']} " + ", ".join(f"{k} {100 * v:.1f} %" for k, v in row.items() if k != "pooling")
             for row in table
         )]  # fmt: skip
+    low, high = facts["uncertain_log_odds"]
+    channels = " or ".join(facts["decisions"]["band_from_real"])
+    lines.append(f"no use: fake below {low:+.2f} (a tenth of dev's real, {channels}), real from {high:+.2f}")
     for split, table in facts["decisions"]["verdicts"].items():
         for name, row in table.items():
             shares = ", ".join(f"{w.replace('_', ' ')} {100 * row[w]:.1f} %" for w in list(row)[:3])
@@ -325,6 +359,12 @@ def _recordings(judged: Iterable[tuple[dict, Windows]]) -> pd.DataFrame:
 
 def _pooled(windows: Windows, pooling: dict) -> float:
     return pool([w.log_odds for w in windows], pooling)
+
+
+def _lowest_real(table: pd.DataFrame) -> float:
+    """The log-odds below which `UNDECIDED` of the real recordings lie, sources counting alike."""
+    weights, real = uses.balanced_weights(table["label"], table["source"]), (table["label"] == BONAFIDE).to_numpy()
+    return _quantile(table["log_odds"].to_numpy()[real], weights[real], UNDECIDED)
 
 
 def _quantile(values: np.ndarray, weights: np.ndarray, share: float) -> float:
