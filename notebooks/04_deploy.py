@@ -212,10 +212,11 @@ show(plots.push_times(timed.push_s), "live")
 # %% [markdown]
 # ## How often is a verdict wrong?
 #
-# Where no use is named, the band between *fake* and *real* was set on `dev`: a tenth of the real recordings there lie
-# below it, a tenth of the fakes above, and what is between is **uncertain**. The table says what became of that on
-# `eval`. *Wrong at most* is of the source of five recordings or more that is judged worst: an average hides whom it
-# wrongs.
+# Where no use is named, the band between *fake* and *real* was set on `dev`: a tenth of the fakes there lie above it,
+# and a tenth of the real recordings below, as they are or, if that is lower, after a messenger's codec (Opus at 24
+# kbit/s, where PyAV can encode), which makes real speech sound fake more than any other channel does. What is between is
+# **uncertain**. The table says what became of that on `eval`. *Wrong at most* is of the source of five recordings or
+# more that is judged worst: an average hides whom it wrongs.
 
 # %%
 words = {"called_real": "called real %", "uncertain": "uncertain %", "called_fake": "called fake %",
