@@ -114,6 +114,6 @@ class ResNet18(nn.Module):
         """
         check_waveform(waveform, self.min_samples)
         x = F.relu(self.norm(self.conv(self.front_end(waveform)[:, None])))
-        x = F.relu(self.join_norm(self.join(self.blocks(x)))).squeeze(2)  # (B, pooled_channels, frames)
+        x = F.relu(self.join_norm(self.join(self.blocks(x))))[:, :, 0]  # (B, pooled_channels, frames)
         embedding = self.embed(self.pooling(x))
         return CMOutput(self.output(embedding), embedding)

@@ -3,11 +3,12 @@
     windows      logit difference -> log-odds, a logistic regression on the windows of whole recordings
     pooling      of `pooling.TRIED`, the one that errs least on dev's recordings and on splices made from them
     recordings   pooled log-odds -> log-odds of the recording, a second logistic regression
+    band         for no use: a tenth of the real lies below it and a tenth of the fakes above
     thresholds   for each of `USES`, with the band where they are uncertain (`evaluation.uses`)
-    band         for no use: a tenth of the real lies below it, after a messenger's codec too, a tenth of fakes above
     marks        how stretches are marked: the rule that finds most of the fake time when 5 % of the real time is marked
 
-Sources and labels count alike throughout. Nothing is fitted on eval; it is judged there, and the figures go along.
+Real recordings are heard a second time for the last two, as they sound after a messenger's codec. Sources and labels
+count alike throughout. Nothing is fitted on eval; it is judged there, and the figures go along.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -98,6 +99,7 @@ def decide(
     most: int = 60,
     seed: int = 0,
     pooling: dict = TRIED[0],
+    wanted: Mapping[str, uses.Use] = USES,
     **material,
 ) -> tuple[dict, dict[str, list], dict[str, list]]:
     """What `calibrate` writes, and what it is fitted on: judged recordings and judged splices of "dev" and "eval".
@@ -105,6 +107,7 @@ def decide(
     Args:
         detector: of any weights; what it is calibrated with makes no difference.
         pooling: taken where no splices are made to choose one; other arguments as for `calibrate`.
+        wanted: uses that get a threshold, by name.
         **material: further arguments of `spliced_recordings`.
     """
     trials = {name: part for name, part in (("dev", dev), ("eval", evaluation)) if part is not None}
@@ -118,11 +121,11 @@ def decide(
     tried = {name: pooling_table(judged[name], spliced.get(name, ())) for name in judged}
     pooling = TRIED[tried["dev"]["together"].to_numpy().argmin()] if n_hosts else pooling
     received = judge_received(detector, dev, facts["calibration"], most=most, seed=seed)
-    facts |= fit_recordings(judged["dev"], pooling, received.values())
+    facts |= fit_recordings(judged["dev"], pooling, received.values(), wanted)
     facts["decisions"] = {"pooling_tried": {name: table.to_dict("records") for name, table in tried.items()}}
-    facts["decisions"]["band_from_real"] = [AS_IT_IS, *received]
+    facts["decisions"]["real_heard"] = [AS_IT_IS, *received]
     facts["decisions"]["verdicts"] = {name: judge_verdicts(judged[name], facts) for name in judged}
-    facts["decisions"]["uses"] = {name: judge_uses(judged[name], facts) for name in judged}
+    facts["decisions"]["uses"] = {name: judge_uses(judged[name], facts, wanted) for name in judged}
     if n_hosts:
         facts["marks"] = fit_marks(spliced["dev"])
         facts["decisions"]["splices"] = {name: describe_splices(part, facts["marks"]) for name, part in spliced.items()}
@@ -229,12 +232,18 @@ def pooling_table(judged: Iterable[tuple[dict, Windows]], spliced: Iterable[tupl
     return pd.DataFrame(rows)
 
 
-def fit_recordings(judged: Iterable[tuple[dict, Windows]], pooling: dict, received: Iterable = ()) -> dict:
+def fit_recordings(
+    judged: Iterable[tuple[dict, Windows]],
+    pooling: dict,
+    received: Iterable = (),
+    wanted: Mapping[str, uses.Use] = USES,
+) -> dict:
     """Pooling with its scale, the uncertain band without a use, thresholds and bands of all uses.
 
     Args:
         received: lists like `judged` of real recordings after a channel; on none of them do more than `UNDECIDED` lie
-            below the band.
+            below the band, and a threshold's cost counts them as well.
+        wanted: uses that get a threshold, by name.
     """
     table = _recordings(judged)
     pooled = np.array([_pooled(windows, pooling) for windows in table["windows"]])
@@ -242,13 +251,15 @@ def fit_recordings(judged: Iterable[tuple[dict, Windows]], pooling: dict, receiv
     fitted = fit_calibration(pooled, table["label"], weights=weights)
     log_odds = fitted.llr(pooled)
     names = {name: pooling[name] for name in ("name", "share", "temperature") if name in pooling}
-    fakes = (table["label"] == SPOOF).to_numpy()
-    high = _quantile(log_odds[fakes], weights[fakes], 1 - UNDECIDED)
     scaled = names | {"slope": fitted.slopes[0], "offset": fitted.intercept}
-    low = min(_lowest_real(recording_log_odds(part, scaled)) for part in (judged, *received))
+    heard = [recording_log_odds(part, scaled) for part in (judged, *received)]
+    fakes = (table["label"] == SPOOF).to_numpy()
+    low = min(_lowest_real(part) for part in heard)
+    high = _quantile(log_odds[fakes], weights[fakes], 1 - UNDECIDED)
     band = [low, high] if low < high else [(low + high) / 2] * 2
+    dev = pd.concat(heard)
     thresholds = {
-        name: uses.fit_threshold(log_odds, table["label"], table["source"], use) for name, use in USES.items()
+        name: uses.fit_threshold(dev["log_odds"], dev["label"], dev["source"], use) for name, use in wanted.items()
     }
     return {
         "pooling": scaled,
@@ -286,15 +297,15 @@ def judge_verdicts(judged: Iterable[tuple[dict, Windows]], facts: dict) -> dict:
     return found
 
 
-def judge_uses(judged: Iterable[tuple[dict, Windows]], facts: dict) -> dict:
-    """What the thresholds of all uses cost on these recordings, see `uses.judge_threshold`."""
+def judge_uses(judged: Iterable[tuple[dict, Windows]], facts: dict, wanted: Mapping[str, uses.Use] = USES) -> dict:
+    """What the thresholds of uses cost on these recordings, see `uses.judge_threshold`."""
     table = recording_log_odds(judged, facts["pooling"])
     trials = (table["log_odds"], table["label"], table["source"])
     return {
         name: uses.judge_threshold(
             *trials, use, uses.FittedThreshold(facts["thresholds"][name], *facts["uncertain"][name])
         )
-        for name, use in USES.items()
+        for name, use in wanted.items()
     }
 
 
@@ -331,7 +342,7 @@ def summary(facts: dict) -> str:
             for row in table
         )]  # fmt: skip
     low, high = facts["uncertain_log_odds"]
-    channels = " or ".join(facts["decisions"]["band_from_real"])
+    channels = " or ".join(facts["decisions"]["real_heard"])
     lines.append(f"no use: fake below {low:+.2f} (a tenth of dev's real, {channels}), real from {high:+.2f}")
     for split, table in facts["decisions"]["verdicts"].items():
         for name, row in table.items():
