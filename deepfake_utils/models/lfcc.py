@@ -111,8 +111,8 @@ class PowerSpectrum(nn.Module):
     def powers(self, waveform: Tensor) -> Tensor:
         """`forward` of a waveform that is pre-emphasised already."""
         frames = waveform.unfold(-1, self.window_samples, self.hop_samples) * self.window
-        spectrum = torch.view_as_real(torch.fft.rfft(frames, n=self.n_fft))
-        return spectrum.square().sum(-1)
+        spectrum = torch.fft.rfft(frames, n=self.n_fft)
+        return spectrum.real.square() + spectrum.imag.square()  # a sum over pairs takes five times as long on CPUs
 
 
 class Lfcc(nn.Module):
