@@ -28,17 +28,6 @@ def test_the_log_odds_are_the_mean_of_the_members_own(fused):
     assert torch.equal(whole.embedding, torch.cat([part.embedding for part in parts], 1))
 
 
-def test_the_odds_of_fake_are_the_mean_of_the_members_own():
-    fused = build_model("score-fusion", generator=torch.Generator().manual_seed(0), members=MEMBERS, mean="odds").eval()
-    waveform = 0.1 * torch.randn(3, 20_000, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        parts = [member(waveform).logits.double() for member in fused.members]
-        whole = fused(waveform)
-    odds = sum((part[:, 0] - part[:, 1]).exp() for part in parts) / 2
-    torch.testing.assert_close((whole.logits[:, 0] - whole.logits[:, 1]).double().exp(), odds, atol=1e-5, rtol=1e-5)
-    assert torch.equal(fused.output(whole.embedding), whole.logits)
-
-
 def test_members_and_their_settings_survive_saving(fused, tmp_path):
     path = save_weights(tmp_path / "fused.safetensors", fused, name="score-fusion")
     assert json.loads(path.with_suffix(".json").read_text())["model_options"]["members"][1][1] == {"channels": [8, 16]}
@@ -53,5 +42,3 @@ def test_without_members_or_with_unknown_ones_it_is_refused():
         build_model("score-fusion", members=())
     with pytest.raises(ConfigError, match="unknown model 'lcnn'"):
         build_model("score-fusion", members=(("lcnn", {}),))
-    with pytest.raises(ConfigError, match="'median' is not known"):
-        build_model("score-fusion", mean="median")
