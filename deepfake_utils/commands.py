@@ -102,7 +102,8 @@ def train(options: argparse.Namespace) -> int:
 def calibrate(options: argparse.Namespace) -> int:
     """Fit on the dev split all that turns scores of weights into decisions, and write it into the JSON beside them.
 
-    Calibration, pooling of windows, thresholds of the uses, marks of fake stretches; judged on the eval split.
+    Calibration, pooling of windows, the uncertain band, thresholds of the uses, marks of fake stretches; judged on the
+    eval split. Real speech is heard as it is and, where PyAV can encode, as it sounds by messenger (Opus).
     """
     from deepfake_utils import corpora
     from deepfake_utils.scoring.calibrate import calibrate as fit

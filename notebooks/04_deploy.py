@@ -220,9 +220,9 @@ show(plots.push_times(timed.push_s), "live")
 #
 # Where no use is named, the band between *fake* and *real* was set on `dev`: a tenth of the fakes there lie above it,
 # and a tenth of the real recordings below, as they are or, if that is lower, after a messenger's codec (Opus at 24
-# kbit/s, where PyAV can encode): no other channel makes real speech sound so fake. What is between is **uncertain**.
-# The table says what became of that on `eval`. *Wrong at most* is of the source of five recordings or more that is
-# judged worst: an average hides whom it wrongs.
+# kbit/s, where PyAV can encode), which makes real speech sound fake to the shipped weights as noise, rooms, telephone
+# and MP3 do not. What is between is **uncertain**. The table says what became of that on `eval`. *Wrong at most* is of
+# the source of five recordings or more that is judged worst: an average hides whom it wrongs.
 
 # %%
 words = {"called_real": "called real %", "uncertain": "uncertain %", "called_fake": "called fake %",

@@ -1,6 +1,7 @@
 """Calibrating weights on a corpus: what is fitted, that nothing of eval takes part, and that a detector takes it."""
 
 import json
+import sys
 from dataclasses import replace
 from itertools import cycle
 
@@ -9,6 +10,7 @@ import pandas as pd
 import pytest
 import soundfile
 
+from deepfake_utils.augment import codecs
 from deepfake_utils.conventions import BONAFIDE, SPOOF, CheckpointError
 from deepfake_utils.scoring import calibrate as calibration
 from deepfake_utils.scoring.detector import USES, Detector
@@ -35,6 +37,8 @@ def test_all_that_a_detector_needs_is_fitted_and_finds_what_can_be_told_apart(de
     rows = facts["decisions"]["splices"]["eval"]
     assert rows[-1]["insert_s"] == "all" and rows[-1]["eer"] == 0 and rows[-1]["fake_found"] > 0.5
     assert rows[-1]["real_marked"] <= calibration.REAL_MARKED
+    assert facts["marks"]["below"] <= facts["uncertain_log_odds"][0]
+    assert calibration.fit_marks(spliced["dev"], -1000.0)["below"] == -1000
     assert len(judged["dev"]) == 12 and len(spliced["dev"]) == 6
     assert facts["decisions"]["verdicts"]["eval"]["real"]["called_fake"] == 0
     assert "call-centre" in calibration.summary(facts) and "eval no use: real" in calibration.summary(facts)
@@ -81,13 +85,15 @@ def test_real_recordings_are_heard_by_messenger_where_it_can_be_encoded(loud_is_
         soundfile.write(path, 0.1 * rng.standard_normal(64_600), 16_000)
     heard = pd.DataFrame({"utterance": ["a", "b", "c"], "path": [*map(str, paths)], "label": labels, "source": "one"})
     shipped, scale = Detector.load(), {"slope": 1.0, "offset": 0.0}
-    received = calibration.judge_received(shipped, heard, scale)[calibration.BY_MESSENGER]
+    received = calibration.judge_received(shipped, heard[heard["label"] == BONAFIDE], scale)[calibration.BY_MESSENGER]
     as_they_are = [(row, w) for row, w in calibration.judge_protocol(shipped, heard) if row["label"] == BONAFIDE]
     assert [row["utterance"] for row, _ in received] == [row["utterance"] for row, _ in as_they_are] == ["a", "c"]
     for (_, (window, *_)), (_, (before, *_)) in zip(received, as_they_are, strict=True):
         assert abs(window.logit_bonafide - before.logit_bonafide) > 1e-4
         assert window.log_odds == window.logit_bonafide - window.logit_spoof
-    monkeypatch.setattr(calibration.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(codecs.CODECS, "opus", codecs.CODECS["opus"]._replace(encoder="not-built-in"))
+    assert calibration.judge_received(shipped, heard, scale) == {}
+    monkeypatch.setitem(sys.modules, "av", None)
     assert calibration.judge_received(shipped, heard, scale) == {}
 
 

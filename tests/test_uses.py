@@ -55,6 +55,17 @@ def test_a_scale_that_is_wrong_is_no_matter_to_a_fitted_threshold():
     assert 4 * (fitted.threshold - 3) == pytest.approx(threshold_for(use), abs=0.5)
 
 
+def test_a_recording_that_is_there_twice_counts_once():
+    log_odds, labels = gaussian_log_odds(60)
+    log_odds[60:65] -= 6  # all that one of the two sources of real speech has: with ten it would weigh as the other
+    sources = np.r_[np.arange(60) % 3, np.repeat([3, 4], [5, 55])]
+    once = fit_threshold(log_odds, labels, sources, EVEN)
+    doubled = [np.repeat(part, 2) for part in (log_odds, labels, sources)]
+    again = fit_threshold(*doubled, EVEN, shares=np.full(240, 0.5))
+    assert again == pytest.approx(once, abs=1e-9)
+    assert abs(fit_threshold(*doubled, EVEN).threshold - once.threshold) > 0.1
+
+
 def test_fewer_sources_make_a_wider_band():
     log_odds, labels = gaussian_log_odds(2_000)
     shift = np.random.default_rng(1).normal(0, 2, 200)

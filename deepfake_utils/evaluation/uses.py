@@ -76,13 +76,15 @@ def balanced_eer_threshold(
 
 
 def fit_threshold(
-    log_odds: ArrayLike, labels: ArrayLike, sources: ArrayLike, use: Use, *, n_bootstrap: int = 500, seed: int = 0
-) -> FittedThreshold:
+    log_odds: ArrayLike, labels: ArrayLike, sources: ArrayLike, use: Use,
+    *, shares: ArrayLike | None = None, n_bootstrap: int = 500, seed: int = 0,
+) -> FittedThreshold:  # fmt: skip
     """The threshold of the least expected cost on these trials (dev), and its uncertain band.
 
     Args:
         log_odds, labels, sources: (n,) of recordings; labels 1 = bona fide, 0 = spoof.
         use: how common fakes are and what the errors cost.
+        shares: (n,) of a recording that a row stands for, where some are there several times; default 1.
         n_bootstrap: draws of the sources that the band is made from.
 
     Raises:
@@ -96,10 +98,11 @@ def fit_threshold(
     """
     log_odds, labels = check_trials(log_odds, labels)
     width = min(np.subtract(*np.quantile(log_odds[labels == label], [0.75, 0.25])) for label in (BONAFIDE, SPOOF))
-    width = max(0.5 * width / min(np.bincount(labels)) ** 0.2, 1e-6)  # near Silverman's rule
+    rows = np.ones(len(labels)) if shares is None else np.asarray(shares, dtype=np.float64)
+    width = max(0.5 * width / min(np.bincount(labels, rows)) ** 0.2, 1e-6)  # near Silverman's rule
     grid = np.linspace(log_odds.min() - 4 * width, log_odds.max() + 4 * width, N_GRID)
     below = norm.cdf((grid[None] - log_odds[:, None]) / width)
-    sums = _by_source(below, labels, sources)
+    sums = _by_source(below, labels, sources, rows)
 
     def best(counts: np.ndarray) -> float:
         cost = _cost(*_rates(sums, counts), use)
@@ -159,15 +162,17 @@ def _cost(miss: np.ndarray, fa: np.ndarray, use: Use) -> np.ndarray:
     return (1 - use.p_spoof) * use.cost_miss * miss + use.p_spoof * use.cost_fa * fa
 
 
-def _by_source(below: np.ndarray, labels: np.ndarray, sources: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+def _by_source(
+    below: np.ndarray, labels: np.ndarray, sources: ArrayLike, rows: np.ndarray | float = 1.0
+) -> tuple[np.ndarray, np.ndarray]:
     """Of each source and label, its weight (S, 2) and its weighted shares below each threshold (S, 2, n_grid)."""
     codes, names = pd.factorize(np.asarray(sources, dtype=str))
     n = np.zeros((len(names), 2))
-    np.add.at(n, (codes, labels), 1)
+    np.add.at(n, (codes, labels), rows)
     weight = np.minimum(n, MOST_OF_A_SOURCE)
     shares = np.zeros((len(names), 2, below.shape[1]))
-    np.add.at(shares, (codes, labels), below)
-    return weight, shares * (weight / np.maximum(n, 1))[:, :, None]
+    np.add.at(shares, (codes, labels), below * np.reshape(rows, (-1, 1)))
+    return weight, shares * (weight / np.where(n > 0, n, 1))[:, :, None]
 
 
 def _rates(sums: tuple[np.ndarray, np.ndarray], counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

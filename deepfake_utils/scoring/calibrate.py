@@ -7,13 +7,13 @@
     thresholds   for each of `USES`, with the band where they are uncertain (`evaluation.uses`)
     marks        how stretches are marked: the rule that finds most of the fake time when 5 % of the real time is marked
 
-Real recordings are heard a second time for the last two, as they sound after a messenger's codec. Sources and labels
-count alike throughout. Nothing is fitted on eval; it is judged there, and the figures go along.
+Real speech is heard a second time for the band and the thresholds, as it sounds by messenger, where it is taken for
+fake most easily: who is accused wrongly has no use for thresholds that hold for studio sound. Sources and labels count
+alike throughout. Nothing is fitted on eval; it is judged there, and the figures go along.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,8 +25,8 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from deepfake_utils.augment.codecs import CodecParams, apply_codec
-from deepfake_utils.conventions import BONAFIDE, SPOOF, AudioError, CheckpointError, ConfigError
+from deepfake_utils.augment.codecs import apply_codec, draw_codec
+from deepfake_utils.conventions import BONAFIDE, SAMPLE_RATE_HZ, SPOOF, AudioError, CheckpointError, ConfigError
 from deepfake_utils.corpora.division import source_of
 from deepfake_utils.evaluation import uses
 from deepfake_utils.evaluation.calibration import fit_calibration
@@ -41,7 +41,8 @@ from deepfake_utils.waveforms.decode import read_audio
 REAL_MARKED = 0.05  # share of the real time of dev's splices that may be marked as fake
 RULES = ("any", "mean", "all")
 UNDECIDED = 0.1  # without a use, of real below the band and of fakes above it, on dev
-AS_IT_IS, BY_MESSENGER = "as it is", "Opus 24 kb/s"  # what real recordings went through; Opus lowers them most
+AS_IT_IS, BY_MESSENGER = "as it is", "Opus 24 kb/s"  # what recordings went through
+HEARD_S = 120.0  # of a recording that is sent, at most: an hour would take a gigabyte
 MANY = 5  # recordings of a source of which a share is told
 
 Windows = Sequence[Judged]
@@ -120,14 +121,19 @@ def decide(
         spliced[name] = [(recording, calibrated(w, facts["calibration"])) for recording, w in judged_splices]
     tried = {name: pooling_table(judged[name], spliced.get(name, ())) for name in judged}
     pooling = TRIED[tried["dev"]["together"].to_numpy().argmin()] if n_hosts else pooling
-    received = judge_received(detector, dev, facts["calibration"], most=most, seed=seed)
-    facts |= fit_recordings(judged["dev"], pooling, received.values(), wanted)
+    real = dev[dev["label"] == BONAFIDE]
+    received = judge_received(detector, real, facts["calibration"], most=most, seed=seed)
+    facts |= fit_recordings(judged["dev"], pooling, received.values(), wanted, seed=seed)
     facts["decisions"] = {"pooling_tried": {name: table.to_dict("records") for name, table in tried.items()}}
     facts["decisions"]["real_heard"] = [AS_IT_IS, *received]
-    facts["decisions"]["verdicts"] = {name: judge_verdicts(judged[name], facts) for name in judged}
-    facts["decisions"]["uses"] = {name: judge_uses(judged[name], facts, wanted) for name in judged}
+    heard = dict(judged)
+    if evaluation is not None:
+        again = judge_received(detector, evaluation, facts["calibration"], most=most, seed=seed)
+        heard |= {f"eval, {way}": part for way, part in again.items() if {row["label"] for row, _ in part} == {0, 1}}
+    facts["decisions"]["verdicts"] = {name: judge_verdicts(part, facts) for name, part in heard.items()}
+    facts["decisions"]["uses"] = {name: judge_uses(part, facts, wanted) for name, part in heard.items()}
     if n_hosts:
-        facts["marks"] = fit_marks(spliced["dev"])
+        facts["marks"] = fit_marks(spliced["dev"], facts["uncertain_log_odds"][0])
         facts["decisions"]["splices"] = {name: describe_splices(part, facts["marks"]) for name, part in spliced.items()}
     return facts, judged, spliced
 
@@ -171,19 +177,19 @@ def judge_protocol(
 
 
 def judge_received(detector: Detector, protocol: pd.DataFrame, scale: dict, **which) -> dict[str, list]:
-    """A protocol's real recordings as they are received: the channel's name -> as from `judge_protocol`, calibrated.
+    """A protocol's recordings as they are received: the channel's name -> as from `judge_protocol`, calibrated.
 
-    Empty where PyAV, which encodes, is not installed, or no speech is left.
+    Empty where PyAV is not installed or cannot encode, or no speech is left.
     """
-    if importlib.util.find_spec("av") is None:
+    try:
+        opus = draw_codec((1, 1), torch.Generator(), codec="opus", kilobits_per_s=(24,))
+    except ConfigError:
         return {}
-    opus = CodecParams("opus", torch.tensor([24.0]))
 
     def sent(samples: np.ndarray, number: int) -> np.ndarray:
-        return apply_codec(torch.from_numpy(samples)[None], opus)[0].numpy()
+        return apply_codec(torch.from_numpy(samples[: round(HEARD_S * SAMPLE_RATE_HZ)])[None], opus)[0].numpy()
 
-    real = protocol[protocol["label"] == BONAFIDE]
-    judged = judge_protocol(detector, real, change=sent, progress=BY_MESSENGER, **which)
+    judged = judge_protocol(detector, protocol, change=sent, progress=BY_MESSENGER, **which)
     judged = [(row, calibrated(windows, scale)) for row, windows in judged]
     return {BY_MESSENGER: judged} if judged else {}
 
@@ -233,17 +239,20 @@ def pooling_table(judged: Iterable[tuple[dict, Windows]], spliced: Iterable[tupl
 
 
 def fit_recordings(
-    judged: Iterable[tuple[dict, Windows]],
+    judged: Sequence[tuple[dict, Windows]],
     pooling: dict,
     received: Iterable = (),
     wanted: Mapping[str, uses.Use] = USES,
+    *,
+    seed: int = 0,
 ) -> dict:
     """Pooling with its scale, the uncertain band without a use, thresholds and bands of all uses.
 
     Args:
         received: lists like `judged` of real recordings after a channel; on none of them do more than `UNDECIDED` lie
-            below the band, and a threshold's cost counts them as well.
+            below the band, and a threshold's cost counts them as well, as a part of the recording they were.
         wanted: uses that get a threshold, by name.
+        seed: of the draws of sources that bands are made from.
     """
     table = _recordings(judged)
     pooled = np.array([_pooled(windows, pooling) for windows in table["windows"]])
@@ -258,9 +267,9 @@ def fit_recordings(
     high = _quantile(log_odds[fakes], weights[fakes], 1 - UNDECIDED)
     band = [low, high] if low < high else [(low + high) / 2] * 2
     dev = pd.concat(heard)
-    thresholds = {
-        name: uses.fit_threshold(dev["log_odds"], dev["label"], dev["source"], use) for name, use in wanted.items()
-    }
+    shares = 1 / dev.groupby(["utterance", "label", "source"])["label"].transform("size")
+    trials = dev["log_odds"], dev["label"], dev["source"]
+    thresholds = {name: uses.fit_threshold(*trials, use, shares=shares, seed=seed) for name, use in wanted.items()}
     return {
         "pooling": scaled,
         "uncertain_log_odds": band,
@@ -309,9 +318,14 @@ def judge_uses(judged: Iterable[tuple[dict, Windows]], facts: dict, wanted: Mapp
     }
 
 
-def fit_marks(spliced: Sequence[tuple[splices.Spliced, Windows]]) -> dict:
-    """The rule and bound of log-odds that find most of the fake time where 5 % of the real time is marked."""
+def fit_marks(spliced: Sequence[tuple[splices.Spliced, Windows]], at_most: float = np.inf) -> dict:
+    """The rule and bound of log-odds that find most of the fake time where 5 % of the real time is marked.
+
+    Args:
+        at_most: the bound is no higher: below it a whole recording is called fake, and above it no part of one should.
+    """
     values = np.unique([w.log_odds for _, windows in spliced for w in windows])
+    values = np.r_[values[values < at_most], min(at_most, values[-1])]
     best = {}
     for rule in RULES:
         low, high = 0, len(values) - 1
@@ -342,8 +356,8 @@ def summary(facts: dict) -> str:
             for row in table
         )]  # fmt: skip
     low, high = facts["uncertain_log_odds"]
-    channels = " or ".join(facts["decisions"]["real_heard"])
-    lines.append(f"no use: fake below {low:+.2f} (a tenth of dev's real, {channels}), real from {high:+.2f}")
+    channels = " and by ".join(facts["decisions"]["real_heard"])
+    lines.append(f"no use: fake below {low:+.2f}, real from {high:+.2f}; real speech of dev was heard {channels}")
     for split, table in facts["decisions"]["verdicts"].items():
         for name, row in table.items():
             shares = ", ".join(f"{w.replace('_', ' ')} {100 * row[w]:.1f} %" for w in list(row)[:3])

@@ -42,7 +42,8 @@ N_RANGES = 64  # windows of train over which the ranges of activations are taken
 N_RANGES_ALONE = 16  # where a layer is quantised alone, to rank it
 N_CHECKED = 64  # windows of dev on which each layer is quantised alone
 MAX_RMS = 0.06  # of the difference of a log-odds: more layers stay float until it is no more
-DECIDED = ("calibration", "pooling", "uncertain_log_odds", "thresholds", "uncertain", "marks")  # what `calibrate` fits
+# what `calibrate` fits, and how that is judged
+DECIDED = ("calibration", "pooling", "uncertain_log_odds", "thresholds", "uncertain", "marks", "decisions")
 MAX_LOSS = 0.005  # of EER, that quantisation may cost
 UNSURE = 0.1  # share of either class that may lie on the wrong side of the uncertain band
 
