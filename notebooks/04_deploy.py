@@ -101,13 +101,9 @@ print(f"Weights: {detector.facts['weights']}. They run on: {detector.engine}.")
 # detectors, name them, such as `detectors = "laptop,phone,tiny"`.
 
 # %%
-import pandas as pd
-
 from deepfake_utils.evaluation.calibration import Use
-from deepfake_utils.evaluation.uses import balanced_eer, balanced_weights
 from deepfake_utils.scoring import calibrate
 from deepfake_utils.scoring.detector import USES
-from deepfake_utils.scoring.engine import time_window
 
 own = Use(share_fake, cost_miss=cost_real_rejected, cost_fa=cost_fake_accepted)
 all_uses = {"your own": own, **USES}
@@ -116,6 +112,13 @@ material = {"host_s": 12.0, "inserts_s": (2.0, 4.0)} if is_demo else {}
 facts, judged, spliced = calibrate.decide(
     detector, dev, evaluation, n_hosts=n_hosts, wanted=all_uses, **settings, **material
 )
+
+# %%
+import pandas as pd
+
+from deepfake_utils.evaluation.uses import balanced_eer, balanced_weights
+from deepfake_utils.scoring.engine import time_window
+
 rows = []
 for name, other in loaded.items():
     seen = judged if other is detector else calibrate.decide(other, dev, evaluation, n_hosts=0, **settings)[1]
