@@ -181,6 +181,12 @@ def export_target(options: argparse.Namespace) -> int:
     print(json.dumps(card, indent=2))
     for miss in card["misses"]:
         print(f"note: not what {options.target} asks for: {miss}", file=sys.stderr)
+    if "thresholds" not in card:
+        print(
+            "note: the band of its verdicts was set on first windows as they are: deepfake-utils calibrate "
+            f"{options.out} --data {options.data} sets it on whole recordings, by messenger too, and thresholds for uses",
+            file=sys.stderr,
+        )
     return DONE
 
 
