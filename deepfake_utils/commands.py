@@ -183,8 +183,8 @@ def export_target(options: argparse.Namespace) -> int:
         print(f"note: not what {options.target} asks for: {miss}", file=sys.stderr)
     if "thresholds" not in card:
         print(
-            "note: the band of its verdicts was set on first windows as they are; whole recordings, by messenger too, and "
-            f"thresholds for uses are the work of deepfake-utils calibrate {options.out} --data {options.data}",
+            "note: the band of its verdicts was set on first windows as they are; to set it on whole recordings, by "
+            f"messenger too, with thresholds for uses: deepfake-utils calibrate {options.out} --data {options.data}",
             file=sys.stderr,
         )
     return DONE
