@@ -129,7 +129,7 @@ def decide(
     heard = dict(judged)
     if evaluation is not None:
         again = judge_received(detector, evaluation, facts["calibration"], most=most, seed=seed)
-        heard |= {f"eval, {way}": part for way, part in again.items() if {row["label"] for row, _ in part} == {0, 1}}
+        heard |= {f"eval, {way}": part for way, part in again.items() if len({row["label"] for row, _ in part}) == 2}
     facts["decisions"]["verdicts"] = {name: judge_verdicts(part, facts) for name, part in heard.items()}
     facts["decisions"]["uses"] = {name: judge_uses(part, facts, wanted) for name, part in heard.items()}
     if n_hosts:
